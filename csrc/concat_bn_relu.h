@@ -1,0 +1,92 @@
+// The seam between the operators, which see tensors, and the kernels, which see plain structs.
+//
+// Notation, in every kernel: a row is one pixel of one image, M rows in all; c is a channel of
+// the concatenation of all features, C channels in all.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace efficient_densenet {
+
+enum class Element { kDouble, kFloat, kHalf, kBFloat16 };
+
+// Per-channel numbers are double for double features and float for all others.
+inline bool is_double(Element element) { return element == Element::kDouble; }
+
+constexpr int kMaxRowDims = 4;  // batch and up to three spatial dimensions
+
+// How the M rows are laid out: the batch and spatial dimensions, outermost first, merged as far
+// as the strides of all tensors of a call allow. Always at least one dimension.
+struct RowSpace {
+  int dims;
+  int64_t sizes[kMaxRowDims];
+  int64_t count;
+};
+
+// Memory of one [N, C_i, *spatial] tensor; strides in elements.
+struct View {
+  void* data;
+  int64_t channel_stride;
+  int64_t row_strides[kMaxRowDims];
+};
+
+// One tensor of the list and its place in the concatenation.
+struct Feature {
+  View x;
+  View grad_x;  // data is null where no gradient is wanted
+  int64_t first_channel;
+  int64_t channels;
+};
+
+// What all kernels of a call share.
+struct Problem {
+  Element element;
+  RowSpace rows;
+  std::vector<Feature> features;
+  int64_t channels;
+  void* stream = nullptr;                    // CUDA only
+  std::function<double*(int64_t)> workspace;  // CUDA only: scratch of so many doubles
+};
+
+// Per-channel arrays [C], float or double (is_double); weight, bias may be null: 1 and 0.
+struct BatchNorm {
+  const void* mean;
+  const void* var;
+  const void* weight;
+  const void* bias;
+  double eps;
+};
+
+struct Statistics {
+  void* mean;          // [C], out
+  void* var;           // [C], out: biased variance
+  void* running_mean;  // [C] or null, updated in place
+  void* running_var;   // [C] or null, updated in place with the unbiased variance
+  double momentum;
+};
+
+struct Gradients {
+  View grad_y;
+  void* grad_weight;  // [C], out
+  void* grad_bias;    // [C], out
+  bool batch_statistics;  // mean and var depend on the features
+};
+
+namespace cpu {
+void concat_bn_stats(const Problem& problem, const Statistics& statistics);
+void concat_bn_relu(const Problem& problem, const BatchNorm& bn, const View& y);
+void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
+                             const Gradients& gradients);
+}  // namespace cpu
+
+namespace cuda {
+void* current_stream(int device_index);
+void concat_bn_stats(const Problem& problem, const Statistics& statistics);
+void concat_bn_relu(const Problem& problem, const BatchNorm& bn, const View& y);
+void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
+                             const Gradients& gradients);
+}  // namespace cuda
+
+}  // namespace efficient_densenet

@@ -1,0 +1,186 @@
+// Gradients of y = relu((x - mean) * scale + bias), per channel c over M rows:
+//
+//   dz = grad_y where the ReLU was open, else 0     (recomputed from x; y is not kept)
+//   grad_bias = sum(dz)      grad_weight = sum(dz * (x - mean)) * inverse_std
+//   grad_x = scale * (dz - grad_bias / M - xhat * grad_weight / M)   with batch statistics
+//   grad_x = scale * dz                                              with running statistics
+//
+// Tiling: as in concat_bn_relu.cpp; the sums by chunks of rows (channels-last) or by channel, in
+// double and in an order that depends on the shape alone.
+// Bytes: x and grad_y are read twice, grad_x is written once. Limit: memory bandwidth, and the
+// double sums.
+#include "rows.h"
+
+namespace efficient_densenet::cpu {
+namespace {
+
+struct Sums {
+  std::vector<double> dz, dz_centred;
+
+  explicit Sums(int64_t size) : dz(size, 0.0), dz_centred(size, 0.0) {}
+};
+
+template <typename T>
+acc_t<T> masked(acc_t<T> x, T grad_y, acc_t<T> mean, acc_t<T> scale, acc_t<T> bias) {
+  const bool open = relu_is_open<T>(normalise(x, mean, scale, bias));
+  return open ? static_cast<acc_t<T>>(grad_y) : acc_t<T>(0);
+}
+
+// Adds one row of one channels-last feature to the sums, which start at its first channel.
+template <typename T>
+void add_row(int64_t n, const T* x, const T* grad_y, int64_t gs, const acc_t<T>* mean,
+             const acc_t<T>* scale, const acc_t<T>* bias, double* dz_sum, double* dz_centred_sum) {
+  with_strides(1, gs, [&](auto, auto stride) {
+    for (int64_t c = 0; c < n; ++c) {
+      const auto value = static_cast<acc_t<T>>(x[c]);
+      const acc_t<T> dz = masked<T>(value, grad_y[c * stride], mean[c], scale[c], bias[c]);
+      dz_sum[c] += dz;
+      dz_centred_sum[c] += static_cast<double>(dz) * (value - mean[c]);
+    }
+  });
+}
+
+template <typename T>
+Sums sums_by_row(const Problem& problem, const Channels<acc_t<T>>& bn, const View& grad_y) {
+  const RowSpace& rows = problem.rows;
+  Sums partial(row_chunks(rows) * problem.channels);
+  for_each_row_chunk(rows, [&](int64_t chunk, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (const Feature& feature : problem.features) {
+        const int64_t c = feature.first_channel, i = chunk * problem.channels + c;
+        add_row<T>(feature.channels, address<T>(rows, feature.x, row, 0),
+                   address<T>(rows, grad_y, row, c), grad_y.channel_stride, &bn.mean[c],
+                   &bn.scale[c], &bn.bias[c], &partial.dz[i], &partial.dz_centred[i]);
+      }
+    }
+  });
+  Sums sums(problem.channels);
+  for (size_t i = 0; i < partial.dz.size(); ++i) {
+    sums.dz[i % problem.channels] += partial.dz[i];
+    sums.dz_centred[i % problem.channels] += partial.dz_centred[i];
+  }
+  return sums;
+}
+
+// Sums over a run of rows of one channel; fixed lanes, so that they vectorise and never depend on
+// the machine.
+template <typename T>
+void add_run(int64_t n, const T* x, int64_t xs, const T* grad_y, int64_t gs, acc_t<T> mean,
+             acc_t<T> scale, acc_t<T> bias, double* dz_sum, double* dz_centred_sum) {
+  constexpr int kLanes = 16;
+  double dz_lanes[kLanes] = {}, dz_centred_lanes[kLanes] = {};
+  with_strides(xs, gs, [&](auto x_stride, auto g_stride) {
+    const auto add = [&](int64_t i, int lane) {
+      const auto value = static_cast<acc_t<T>>(x[i * x_stride]);
+      const acc_t<T> dz = masked<T>(value, grad_y[i * g_stride], mean, scale, bias);
+      dz_lanes[lane] += dz;
+      dz_centred_lanes[lane] += static_cast<double>(dz) * (value - mean);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+    }
+    for (int lane = 0; i < n; ++i, ++lane) add(i, lane);
+  });
+  for (int lane = 0; lane < kLanes; ++lane) {
+    *dz_sum += dz_lanes[lane];
+    *dz_centred_sum += dz_centred_lanes[lane];
+  }
+}
+
+template <typename T>
+Sums sums_by_channel(const Problem& problem, const Channels<acc_t<T>>& bn, const View& grad_y) {
+  const RowSpace& rows = problem.rows;
+  Sums sums(problem.channels);
+  for_each_channel(problem, [&](const Feature& feature, int64_t channel) {
+    const int64_t c = feature.first_channel + channel;
+    for_each_run(rows, 0, rows.count, [&](int64_t row, int64_t length) {
+      add_run<T>(length, address<T>(rows, feature.x, row, channel),
+                 inner_stride<false>(rows, feature.x), address<T>(rows, grad_y, row, c),
+                 inner_stride<false>(rows, grad_y), bn.mean[c], bn.scale[c], bn.bias[c],
+                 &sums.dz[c], &sums.dz_centred[c]);
+    });
+  });
+  return sums;
+}
+
+// grad_x = scale * dz - offset - (x - mean) * slope; the last two are what the batch statistics
+// send back, 0 for running statistics.
+template <typename Acc>
+struct Correction {
+  std::vector<Acc> offset, slope;
+
+  Correction(const Problem& problem, const Channels<Acc>& bn, const Sums& sums,
+             bool batch_statistics)
+      : offset(problem.channels, 0), slope(problem.channels, 0) {
+    if (!batch_statistics) return;
+    const double m = static_cast<double>(problem.rows.count);
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      const double scale = bn.scale[c], inverse_std = bn.inverse_std[c];
+      offset[c] = static_cast<Acc>(scale * sums.dz[c] / m);
+      slope[c] = static_cast<Acc>(scale * inverse_std * inverse_std * sums.dz_centred[c] / m);
+    }
+  }
+};
+
+template <typename T, bool kChannelsInner>
+void grad_features(const Problem& problem, const Channels<acc_t<T>>& bn,
+                   const Correction<acc_t<T>>& correction, const View& grad_y) {
+  const RowSpace& rows = problem.rows;
+  for_each_stretch<kChannelsInner>(
+      problem, [&](const Feature& feature, int64_t row, int64_t channel, int64_t n) {
+        if (feature.grad_x.data == nullptr) return;
+        const T* const x = address<T>(rows, feature.x, row, channel);
+        const T* const dy = address<T>(rows, grad_y, row, feature.first_channel + channel);
+        T* const dx = address<T>(rows, feature.grad_x, row, channel);
+        const int64_t xs = inner_stride<kChannelsInner>(rows, feature.x);
+        const int64_t dxs = inner_stride<kChannelsInner>(rows, feature.grad_x);
+        const int64_t dys = inner_stride<kChannelsInner>(rows, grad_y);
+        const auto loop = [&](auto x_stride, auto dx_stride, auto dy_stride) {
+          for (int64_t i = 0; i < n; ++i) {
+            const int64_t c = feature.first_channel + (kChannelsInner ? i : channel);
+            const auto value = static_cast<acc_t<T>>(x[i * x_stride]);
+            const acc_t<T> dz =
+                masked<T>(value, dy[i * dy_stride], bn.mean[c], bn.scale[c], bn.bias[c]);
+            dx[i * dx_stride] = static_cast<T>(bn.scale[c] * dz - correction.offset[c] -
+                                               (value - bn.mean[c]) * correction.slope[c]);
+          }
+        };
+        constexpr std::integral_constant<int64_t, 1> one;
+        if (xs == 1 && dxs == 1 && dys == 1) {
+          loop(one, one, one);
+        } else {
+          loop(xs, dxs, dys);
+        }
+      });
+}
+
+template <typename T, bool kChannelsInner>
+void backward(const Problem& problem, const BatchNorm& bn, const Gradients& gradients) {
+  const Channels<acc_t<T>> channels(bn, problem.channels);
+  const Sums sums = kChannelsInner ? sums_by_row<T>(problem, channels, gradients.grad_y)
+                                   : sums_by_channel<T>(problem, channels, gradients.grad_y);
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    static_cast<acc_t<T>*>(gradients.grad_bias)[c] = static_cast<acc_t<T>>(sums.dz[c]);
+    static_cast<acc_t<T>*>(gradients.grad_weight)[c] =
+        static_cast<acc_t<T>>(sums.dz_centred[c] * channels.inverse_std[c]);
+  }
+  const Correction<acc_t<T>> correction(problem, channels, sums, gradients.batch_statistics);
+  grad_features<T, kChannelsInner>(problem, channels, correction, gradients.grad_y);
+}
+
+}  // namespace
+
+void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
+                             const Gradients& gradients) {
+  dispatch(problem.element, [&](auto element) {
+    using T = decltype(element);
+    if (channels_are_inner(problem)) {
+      backward<T, true>(problem, bn, gradients);
+    } else {
+      backward<T, false>(problem, bn, gradients);
+    }
+  });
+}
+
+}  // namespace efficient_densenet::cpu

@@ -1,0 +1,28 @@
+// What a build without CUDA answers to CUDA tensors.
+#ifndef EFFICIENT_DENSENET_CUDA
+
+#include "checks.h"
+#include "concat_bn_relu.h"
+
+namespace efficient_densenet::cuda {
+namespace {
+
+[[noreturn]] void fail_without_cuda() {
+  fail("efficient_densenet",
+       "got CUDA tensors, but this build is CPU only. Rebuild where torch is a CUDA build and the "
+       "CUDA toolkit (nvcc and cuda_runtime.h) is installed: EFFICIENT_DENSENET_CUDA=1 pip "
+       "install --force-reinstall --no-deps --no-build-isolation .");
+}
+
+}  // namespace
+
+void* current_stream(int) { fail_without_cuda(); }
+void concat_bn_stats(const Problem&, const Statistics&) { fail_without_cuda(); }
+void concat_bn_relu(const Problem&, const BatchNorm&, const View&) { fail_without_cuda(); }
+void concat_bn_relu_backward(const Problem&, const BatchNorm&, const Gradients&) {
+  fail_without_cuda();
+}
+
+}  // namespace efficient_densenet::cuda
+
+#endif

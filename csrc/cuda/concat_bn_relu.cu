@@ -1,0 +1,66 @@
+// y[r, c] = relu((x[r, c] - mean[c]) * scale[c] + bias[c]), scale = weight / sqrt(var + eps),
+// for the channels c of a list of tensors, without concatenating them.
+//
+// Tiling: tile.cuh; a thread keeps the numbers of its channels in registers and walks over the
+// rows of its chunk, kUnroll reads in flight. Neighbouring threads write neighbouring channels of
+// the result also where they read from different features.
+// Bytes: each element is read once and written once, 2 * sizeof(T) per element of the result.
+// Limit: memory bandwidth. No shared memory.
+// Why not one launch per feature: k-channel pieces of a channels-last row are narrower than a
+// memory sector, and a launch costs more than the kernel for most features.
+#include "tile.cuh"
+
+namespace efficient_densenet::cuda {
+namespace {
+
+template <typename T, int V, bool kChannelsInner>
+__global__ void __launch_bounds__(kThreads)
+    concat_bn_relu_kernel(const __grid_constant__ FeatureList list,
+                          const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
+                          const __grid_constant__ View y_view) {
+  using Acc = acc_t<T>;
+  using T_ = Tile<V, kChannelsInner>;
+  const T_ tile(list, rows, chunking);
+  if (!T_::in_list(list, tile.channel)) return;
+
+  const Feature& feature = find_feature(list, tile.channel);
+  const Window<T, V> x(feature.x, rows, tile.channel - feature.first_channel);
+  const Window<T, V> y(y_view, rows, tile.channel);
+  Channel<Acc> channels[T_::kChannels];
+#pragma unroll
+  for (int k = 0; k < T_::kChannels; ++k) channels[k] = Channel<Acc>::load(bn, tile.channel + k);
+
+  tile.for_each_group([&](int64_t row, auto steps) {
+    constexpr int kSteps = decltype(steps)::value;
+    Pack<T, V> packs[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) packs[s] = *x.at(row + s * tile.row_step);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const Acc value = widen(packs[s].values[i]);
+        packs[s].values[i] = narrow<T>(relu(channels[T_::channel_of(i)].normalise(value)));
+      }
+      *y.at(row + s * tile.row_step) = packs[s];
+    }
+  });
+}
+
+}  // namespace
+
+void concat_bn_relu(const Problem& problem, const BatchNorm& bn, const View& y) {
+  const Plan plan(problem, &y, Plan::kElementwiseBlocks);
+  dispatch(problem, plan.walk, [&](auto element, auto walk) {
+    using T = decltype(element);
+    using W = decltype(walk);
+    for_each_list(problem, [&](const FeatureList& list) {
+      concat_bn_relu_kernel<T, W::vector, W::channels_inner>
+          <<<plan.grid(list), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+              list, problem.rows, plan.chunking, bn, y);
+      check(cudaGetLastError(), "concat_bn_relu_kernel");
+    });
+  });
+}
+
+}  // namespace efficient_densenet::cuda

@@ -1,0 +1,77 @@
+"""Loads the compiled module `_C`, which registers the operators, and checks that it fits.
+
+In a checkout, the source folder shadows the installed package and has no `_C` of its own. So after
+a plain `pip install .` the module is taken from the installed copy, wherever it is on the path.
+"""
+
+import importlib.util
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
+from pathlib import Path
+
+import torch
+
+from . import __version__
+
+MINIMUM_TORCH = "2.11"
+
+_NAME = f"{__package__}._C"
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def _package_folders():
+    """Folders of this package, best first: this one, those on the path, editable installs."""
+    yield Path(__file__).parent
+    for entry in sys.path:
+        yield Path(entry or ".", __package__)
+    for finder in sys.meta_path:  # an editable install maps the name through a finder of its own
+        if finder is not PathFinder and hasattr(finder, "find_spec"):
+            spec = finder.find_spec(__package__, None)
+            yield from map(Path, (spec and spec.submodule_search_locations) or [])
+
+
+def _find():
+    for folder in _package_folders():
+        for suffix in EXTENSION_SUFFIXES:
+            file = folder / f"_C{suffix}"
+            if file.is_file():
+                return file.resolve()
+    raise ImportError(
+        f"{__package__} is not built for Python {sys.version_info[0]}.{sys.version_info[1]}: no "
+        f"compiled module _C in {Path(__file__).parent} nor in an installed copy; run "
+        "'pip install .' in the source folder."
+    )
+
+
+def _load():
+    versions = torch.__version__, MINIMUM_TORCH
+    found, minimum = ([int(number) for number in v.split(".")[:2]] for v in versions)
+    if found < minimum:
+        raise ImportError(
+            f"{__package__} {__version__} needs torch {MINIMUM_TORCH} or newer, but "
+            f"torch {torch.__version__} is installed."
+        )
+    file = _find()
+    spec = importlib.util.spec_from_file_location(_NAME, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    built = module.build_info()["version"]
+    if built != __version__:
+        raise ImportError(
+            f"The compiled module {file} is of version {built}, the Python sources in "
+            f"{Path(__file__).parent} are of version {__version__}: rebuild with '{_REBUILD}'."
+        )
+    sys.modules[_NAME] = sys.modules[__package__]._C = module
+    return module
+
+
+_C = _load()
+
+
+def build_info():
+    """How the compiled module was built.
+
+    A dict of strings: `version` of this package, `torch` it was compiled against, `cuda` version
+    and `architectures`; for a build without CUDA the last two are None and "CPU only".
+    """
+    return _C.build_info()

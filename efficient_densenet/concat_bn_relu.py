@@ -1,0 +1,359 @@
+"""``relu(batch_norm(cat(features, 1)))`` that keeps neither the concatenation nor the result.
+
+The operators ``torch.ops.efficient_densenet.concat_bn_*`` (csrc/concat_bn_relu.cpp) do the
+arithmetic; this module adds arguments' checks, autograd, autocast and the shared storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version, saved_tensors_hooks
+
+from . import _extension  # noqa: F401  registers the operators
+from ._arguments import check_arguments
+from .storage import SharedStorage
+
+_ops = torch.ops.efficient_densenet
+
+
+def concat_bn_relu(
+    features: Sequence[Tensor],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    storage: SharedStorage | None = None,
+) -> Tensor:
+    """``relu(F.batch_norm(torch.cat(features, 1), ...))`` without a concatenated copy.
+
+    The result is written into ``storage`` and **is valid until the storage is next written**, that
+    is, until the next call with the same storage. For the backward pass only the features and
+    per-channel numbers are kept; run the consumer under :func:`recompute_in_backward`, which
+    recomputes the result before the consumer's backward::
+
+        y = concat_bn_relu(features, mean, var, weight, bias, training=True, storage=storage)
+        with recompute_in_backward(y):
+            z = conv(y)
+
+    A consumer outside of it keeps ``y`` itself, as any operator does, and raises autograd's
+    ``RuntimeError`` in its backward if the storage was overwritten.
+
+    Running statistics are updated once per call with ``training=True``, never by a recomputation.
+    Without gradient mode nothing is kept, and the result gets memory of its own.
+
+    Args:
+        features: tensors ``[N, C_i, *spatial]`` with 0 to 3 spatial dimensions, equal in all but
+            ``C_i``; any strides, mixed in one call; one dtype of float64, float32, float16,
+            bfloat16 (under autocast, all but float64 are cast to its dtype); CPU or CUDA.
+        running_mean, running_var: ``[sum(C_i)]`` or None; updated in place when training,
+            required otherwise. Like ``weight`` and ``bias`` they have the dtype of the features, or
+            float32 where that is a 16-bit type.
+        weight, bias: ``[sum(C_i)]`` or None (1 and 0).
+        training: normalise by the statistics of this batch instead of the running ones.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance, > 0.
+        storage: where the result goes; None for memory of its own.
+
+    Returns:
+        ``[N, sum(C_i), *spatial]`` in the memory format that ``torch.cat`` would choose.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is wrong; nothing was changed.
+    """
+    dtype = check_arguments(
+        features, running_mean, running_var, weight, bias, training, momentum, eps, storage
+    )
+    settings = _Settings(dtype, training, float(momentum), float(eps), storage)
+    inputs = (running_mean, running_var, weight, bias, *features)
+    if not torch.is_grad_enabled():
+        # Nothing needs the storage, and threads may share a module that only predicts.
+        return _forward(settings._replace(storage=None), *inputs).y
+    if any(tensor is not None and tensor.requires_grad for tensor in (weight, bias, *features)):
+        y = _ConcatBNReLU.apply(settings, None, *inputs)
+        y._concat_bn_relu_node = y.grad_fn
+        return y
+    # Nothing here wants a gradient, but the consumer's weight may, and then the result has to be
+    # recomputed: an input that does want one makes autograd keep what that takes.
+    anchored = _ConcatBNReLU.apply(settings, torch.empty(0, requires_grad=True), *inputs)
+    y = anchored.detach()
+    y._concat_bn_relu_node = anchored.grad_fn
+    return y
+
+
+@contextmanager
+def recompute_in_backward(y: Tensor) -> Iterator[None]:
+    """Within this context, operators that save ``y`` for backward save how to recompute it.
+
+    Args:
+        y: the result of :func:`concat_bn_relu`, not overwritten yet.
+
+    Raises:
+        TypeError: ``y`` is not a result of :func:`concat_bn_relu`.
+        RuntimeError: ``y`` was overwritten before the context was left, so what was computed
+            from it is wrong (two threads with one storage, device and stream).
+    """
+    if not torch.is_grad_enabled():
+        yield
+        return
+    node = getattr(y, "_concat_bn_relu_node", None)
+    if node is None:
+        raise TypeError("y: expected a result of concat_bn_relu that was computed in gradient mode")
+    version = y._version
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+    def pack(tensor: Tensor) -> Any:
+        on_same_memory = tensor.untyped_storage()._cdata == y.untyped_storage()._cdata
+        if on_same_memory and tensor._version == version:
+            offset = tensor.storage_offset() - y.storage_offset()
+            return _Recomputed(node, tensor.size(), tensor.stride(), offset)
+        if outer is not None:
+            return _PackedOutside(outer[1], outer[0](tensor))
+        return _Kept(tensor.detach(), tensor._version)
+
+    with saved_tensors_hooks(pack, lambda packed: packed.unpack()):
+        yield
+    if y._version != version:
+        raise RuntimeError(
+            "y: overwritten before its consumer was done. One SharedStorage serves one thread per "
+            "device and stream; give each thread its own, or its own copy of the model"
+        )
+
+
+class _Recomputed(NamedTuple):
+    """In place of a saved result: the node that recomputes it and the part of it that was saved."""
+
+    node: Any
+    sizes: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+    def unpack(self) -> Tensor:
+        with torch.no_grad():
+            mean, var, weight, bias, *features = self.node.saved_tensors
+            settings = self.node.settings
+            features = [feature.to(settings.dtype) for feature in features]
+            y = _allocate(settings, features)
+            _normalise(settings, features, mean, var, weight, bias, y)
+        return y.as_strided(self.sizes, self.strides, y.storage_offset() + self.offset)
+
+
+class _Kept(NamedTuple):
+    """In place of any other saved tensor: hooks switch off autograd's check, so it is here."""
+
+    tensor: Tensor
+    version: int
+
+    def unpack(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: [{self.tensor.type()} {list(self.tensor.shape)}] is at version "
+                f"{self.tensor._version}; expected version {self.version} instead."
+            )
+        return self.tensor
+
+
+class _PackedOutside(NamedTuple):
+    """In place of any other saved tensor under the user's own saved-tensor hooks."""
+
+    unpack_hook: Any
+    packed: Any
+
+    def unpack(self) -> Tensor:
+        return self.unpack_hook(self.packed)
+
+
+class _Settings(NamedTuple):
+    dtype: torch.dtype  # of the result; features of another (autocast) are kept as they came
+    training: bool
+    momentum: float
+    eps: float
+    storage: SharedStorage | None
+
+
+class _Forward(NamedTuple):
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+class _ConcatBNReLU(torch.autograd.Function):
+    """Saves features, weight, bias, mean and var: nothing of the size of the result."""
+
+    @staticmethod
+    def forward(ctx, settings, anchor, running_mean, running_var, weight, bias, *features):
+        result = _forward(settings, running_mean, running_var, weight, bias, *features)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(result.mean, result.var, weight, bias, *features)
+        return result.y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        no_gradients = (None,) * len(ctx.needs_input_grad)
+        if grad_y is None:
+            return no_gradients
+        _, _, _, _, needs_weight, needs_bias, *needs_features = ctx.needs_input_grad
+        mean, var, weight, bias, *features = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(needs_features) if needed]
+        features_used = [feature.to(ctx.settings.dtype) for feature in features]
+        grad_features = [torch.empty_like(features_used[i]) for i in wanted]
+        grad_weight, grad_bias = _gradients(
+            ctx.settings, grad_y, features_used, mean, var, weight, bias, wanted, grad_features
+        )
+        by_feature = {
+            i: grad.to(features[i].dtype) for i, grad in zip(wanted, grad_features, strict=True)
+        }
+        return (
+            *no_gradients[:4],
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(bias.dtype) if needs_bias else None,
+            *(by_feature.get(i) for i in range(len(features))),
+        )
+
+
+def _forward(
+    settings: _Settings,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *features: Tensor,
+) -> _Forward:
+    used = [feature.to(settings.dtype) for feature in features]
+    # Before the running statistics change: running out of memory must leave them as they were.
+    y = _allocate(settings, used)
+    if not settings.training:
+        mean, var = _statistics_dtype(running_mean, y), _statistics_dtype(running_var, y)
+    elif y.numel() == 0:  # like F.batch_norm, which leaves the running statistics alone
+        mean = var = torch.ones(y.size(1), dtype=_statistics_type(y), device=y.device)
+    else:
+        mean, var = _batch_statistics(settings, used, running_mean, running_var)
+    _normalise(settings, used, mean, var, weight, bias, y)
+    return _Forward(y, mean, var)
+
+
+def _allocate(settings: _Settings, features: Sequence[Tensor]) -> Tensor:
+    first = features[0]
+    sizes = [first.size(0), sum(feature.size(1) for feature in features), *first.shape[2:]]
+    strides = _dense_strides(sizes, all(map(_is_channels_last, features)))
+    if settings.storage is None:
+        return torch.empty_strided(sizes, strides, dtype=first.dtype, device=first.device)
+    return settings.storage.allocate(sizes, strides, like=first)
+
+
+def _batch_statistics(
+    settings: _Settings,
+    features: Sequence[Tensor],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    used_mean, used_var = (_statistics_dtype(t, features[0]) for t in (running_mean, running_var))
+    mean, var = _ops.concat_bn_stats(features, used_mean, used_var, settings.momentum)
+    for original, used in ((running_mean, used_mean), (running_var, used_var)):
+        if original is not used:
+            original.copy_(used)
+    increment_version(running)
+    return mean, var
+
+
+def _normalise(
+    settings: _Settings,
+    features: Sequence[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    weight, bias = _statistics_dtype(weight, y), _statistics_dtype(bias, y)
+    _ops.concat_bn_relu(features, mean, var, weight, bias, settings.eps, y)
+    # The kernels write through a pointer, which autograd does not see.
+    increment_version(y)
+
+
+def _gradients(
+    settings: _Settings,
+    grad_y: Tensor,
+    features: Sequence[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: Sequence[int],
+    grad_features: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Writes ``grad_features``, the gradients of ``features[i] for i in wanted``."""
+    if grad_y.numel() == 0:
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    weight, bias = _statistics_dtype(weight, grad_y), _statistics_dtype(bias, grad_y)
+    return _ops.concat_bn_relu_backward(
+        grad_y, features, mean, var, weight, bias, settings.eps, settings.training, wanted,
+        grad_features,
+    )
+
+
+def _statistics_type(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _statistics_dtype(per_channel: Tensor | None, features: Tensor) -> Tensor | None:
+    """A per-channel tensor as the kernels take it; itself, where it is so already."""
+    if per_channel is None:
+        return None
+    return per_channel.to(_statistics_type(features)).contiguous()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """As ``torch.cat`` sees it: strides grow from channels over columns to rows and images.
+
+    Where sizes of 1 make a tensor both, it is contiguous.
+    """
+    if x.dim() not in (4, 5):
+        return False
+    smallest = 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        stride = x.stride(d)
+        if x.size(d) == 0 or stride < smallest or (d == 0 and smallest == x.stride(1)):
+            return False
+        smallest = stride * max(x.size(d), 1)
+    return x.stride(1) != 0
+
+
+def _dense_strides(sizes: Sequence[int], channels_last: bool) -> list[int]:
+    dims = range(len(sizes))
+    order = [0, *dims[2:], 1] if channels_last else dims  # outermost first
+    strides = [1] * len(sizes)
+    stride = 1
+    for d in reversed(order):
+        strides[d] = stride
+        stride *= max(sizes[d], 1)
+    return strides
+
+
+@torch.library.register_fake("efficient_densenet::concat_bn_stats")
+def _(features, running_mean, running_var, momentum):
+    channels = sum(feature.size(1) for feature in features)
+    mean = features[0].new_empty(channels, dtype=_statistics_type(features[0]))
+    return mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("efficient_densenet::concat_bn_relu")
+def _(features, mean, var, weight, bias, eps, y):
+    return None
+
+
+@torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
+def _(grad_y, features, mean, var, weight, bias, eps, batch_statistics, wanted, grad_features):
+    return torch.empty_like(mean), torch.empty_like(mean)
