@@ -130,30 +130,32 @@ struct Call {
 
   void merge_rows() { problem.rows = geometry.merge_rows(); }
 
-  void* per_channel(const char* name, const Tensor& tensor) const {
+  void* per_channel(const char* name, const Tensor& tensor, ScalarType dtype) const {
     EFFICIENT_DENSENET_CHECK(
         tensor.dim() == 1 && tensor.size(0) == problem.channels && tensor.is_contiguous(), op,
         name, ": expected a contiguous tensor of length ", problem.channels);
-    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == statistics_type(problem.element), op, name,
-                             ": expected float64 for float64 features, float32 for others");
+    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == dtype, op, name,
+                             ": expected float64 for the mean and for float64 features, else "
+                             "float32");
     EFFICIENT_DENSENET_CHECK(tensor.device() == device, op, name,
                              ": device differs from features[0]");
     return tensor.data_ptr();
   }
 
   void* per_channel(const char* name, const std::optional<Tensor>& tensor) const {
-    return tensor.has_value() ? per_channel(name, *tensor) : nullptr;
+    return tensor.has_value() ? per_channel(name, *tensor, statistics_type(problem.element))
+                              : nullptr;
   }
 
   BatchNorm batch_norm(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
                        const std::optional<Tensor>& bias, double eps) const {
-    return {per_channel("mean", mean), per_channel("var", var), per_channel("weight", weight),
-            per_channel("bias", bias), eps};
+    return {static_cast<const double*>(per_channel("mean", mean, ScalarType::Double)),
+            per_channel("var", var, statistics_type(problem.element)),
+            per_channel("weight", weight), per_channel("bias", bias), eps};
   }
 
-  Tensor new_per_channel() const {
-    return torch::stable::empty({problem.channels}, statistics_type(problem.element),
-                                std::nullopt, device);
+  Tensor new_per_channel(ScalarType dtype) const {
+    return torch::stable::empty({problem.channels}, dtype, std::nullopt, device);
   }
 
   const char* op;
@@ -197,9 +199,9 @@ std::tuple<Tensor, Tensor> concat_bn_stats(const Tensors& features,
                            call.problem.rows.count);
   void* const running_mean_data = call.per_channel("running_mean", running_mean);
   void* const running_var_data = call.per_channel("running_var", running_var);
-  Tensor mean = call.new_per_channel();
-  Tensor var = call.new_per_channel();
-  const Statistics statistics{mean.data_ptr(), var.data_ptr(), running_mean_data,
+  Tensor mean = call.new_per_channel(ScalarType::Double);
+  Tensor var = call.new_per_channel(statistics_type(call.problem.element));
+  const Statistics statistics{static_cast<double*>(mean.data_ptr()), var.data_ptr(), running_mean_data,
                               running_var_data, momentum};
   launch(call, cpu::concat_bn_stats, cuda::concat_bn_stats, statistics);
   return {mean, var};
@@ -244,8 +246,8 @@ std::tuple<Tensor, Tensor> concat_bn_relu_backward(
   call.merge_rows();
   const BatchNorm bn = call.batch_norm(mean, var, weight, bias, eps);
   EFFICIENT_DENSENET_CHECK(grad_y.numel() > 0, call.op, "grad_y: expected at least one element");
-  Tensor grad_weight = call.new_per_channel();
-  Tensor grad_bias = call.new_per_channel();
+  Tensor grad_weight = call.new_per_channel(statistics_type(call.problem.element));
+  Tensor grad_bias = call.new_per_channel(statistics_type(call.problem.element));
   gradients.grad_weight = grad_weight.data_ptr();
   gradients.grad_bias = grad_bias.data_ptr();
   launch(call, cpu::concat_bn_relu_backward, cuda::concat_bn_relu_backward, bn, gradients);

@@ -51,8 +51,12 @@ struct Problem {
 };
 
 // Per-channel arrays [C], float or double (is_double); weight, bias may be null: 1 and 0.
+//
+// The mean is always double. Kernels subtract its float part m from x, which is exact where it
+// matters, and fold the rest into the bias: (x - m) * scale + (bias - (mean - m) * scale). So where
+// the mean is a thousand standard deviations, y keeps the digits that a float mean would lose.
 struct BatchNorm {
-  const void* mean;
+  const double* mean;
   const void* var;
   const void* weight;
   const void* bias;
@@ -60,7 +64,7 @@ struct BatchNorm {
 };
 
 struct Statistics {
-  void* mean;          // [C], out
+  double* mean;        // [C], out
   void* var;           // [C], out: biased variance
   void* running_mean;  // [C] or null, updated in place
   void* running_var;   // [C] or null, updated in place with the unbiased variance

@@ -234,9 +234,10 @@ def _forward(
     # Before the running statistics change: running out of memory must leave them as they were.
     y = _allocate(settings, used)
     if not settings.training:
-        mean, var = _statistics_dtype(running_mean, y), _statistics_dtype(running_var, y)
+        mean, var = running_mean.double(), _statistics_dtype(running_var, y)
     elif y.numel() == 0:  # like F.batch_norm, which leaves the running statistics alone
-        mean = var = torch.ones(y.size(1), dtype=_statistics_type(y), device=y.device)
+        var = torch.ones(y.size(1), dtype=_statistics_type(y), device=y.device)
+        mean = var.double()
     else:
         mean, var = _batch_statistics(settings, used, running_mean, running_var)
     _normalise(settings, used, mean, var, weight, bias, y)
@@ -296,7 +297,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Writes ``grad_features``, the gradients of ``features[i] for i in wanted``."""
     if grad_y.numel() == 0:
-        return torch.zeros_like(mean), torch.zeros_like(mean)
+        return torch.zeros_like(var), torch.zeros_like(var)
     weight, bias = _statistics_dtype(weight, grad_y), _statistics_dtype(bias, grad_y)
     return _ops.concat_bn_relu_backward(
         grad_y, features, mean, var, weight, bias, settings.eps, settings.training, wanted,
@@ -345,8 +346,8 @@ def _dense_strides(sizes: Sequence[int], channels_last: bool) -> list[int]:
 @torch.library.register_fake("efficient_densenet::concat_bn_stats")
 def _(features, running_mean, running_var, momentum):
     channels = sum(feature.size(1) for feature in features)
-    mean = features[0].new_empty(channels, dtype=_statistics_type(features[0]))
-    return mean, torch.empty_like(mean)
+    var = features[0].new_empty(channels, dtype=_statistics_type(features[0]))
+    return torch.empty_like(var, dtype=torch.float64), var
 
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu")
@@ -356,4 +357,4 @@ def _(features, mean, var, weight, bias, eps, y):
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
 def _(grad_y, features, mean, var, weight, bias, eps, batch_statistics, wanted, grad_features):
-    return torch.empty_like(mean), torch.empty_like(mean)
+    return torch.empty_like(var), torch.empty_like(var)

@@ -42,27 +42,27 @@ def _can_fuse(norm: nn.Module, relu: nn.Module) -> bool:
     )
 
 
-def _fused_bn_relu(norm: nn.BatchNorm2d, features: Sequence[Tensor], storage: SharedStorage) -> Tensor:
+def _fused_bn_relu(
+    norm: nn.BatchNorm2d, features: Sequence[Tensor], storage: SharedStorage
+) -> Tensor:
     """``relu(norm(cat(features, 1)))`` with the bookkeeping of ``nn.BatchNorm2d.forward``."""
-    use_batch_statistics = norm.training or norm.running_mean is None
+    uses_running = not norm.training or norm.track_running_stats
+    counts = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
     momentum = norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked + 1)
-    updates = norm.training and norm.track_running_stats
+    if momentum is None:  # cumulative average
+        momentum = 1.0 / float(norm.num_batches_tracked + 1) if counts else 0.0
     y = concat_bn_relu(
         features,
-        norm.running_mean if not norm.training or norm.track_running_stats else None,
-        norm.running_var if not norm.training or norm.track_running_stats else None,
+        norm.running_mean if uses_running else None,
+        norm.running_var if uses_running else None,
         norm.weight,
         norm.bias,
-        training=use_batch_statistics,
-        momentum=0.0 if momentum is None else momentum,
+        training=norm.training or norm.running_mean is None,
+        momentum=momentum,
         eps=norm.eps,
         storage=storage,
     )
-    # Counted after the call, so that an error leaves the module as it was.
-    if updates and norm.num_batches_tracked is not None:
+    if counts:  # only now, so that an error leaves the module as it was
         norm.num_batches_tracked.add_(1)
     return y
 
@@ -71,7 +71,12 @@ class _DenseLayer(nn.Module):
     """``[features] -> growth_rate`` new channels: BN-ReLU-conv1x1-BN-ReLU-conv3x3."""
 
     def __init__(
-        self, num_input_features: int, growth_rate: int, bn_size: int, drop_rate: float, efficient: bool
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int,
+        drop_rate: float,
+        efficient: bool,
     ) -> None:
         super().__init__()
         bottleneck = bn_size * growth_rate
@@ -177,6 +182,18 @@ class DenseNet(nn.Module):
         efficient: bool = False,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("growth_rate", growth_rate),
+            ("num_init_features", num_init_features),
+            ("bn_size", bn_size),
+            ("num_classes", num_classes),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        if not block_config or min(block_config) < 1:
+            raise ValueError(
+                f"block_config: expected at least one positive integer, got {block_config}"
+            )
         if not 0 < compression <= 1:
             raise ValueError(f"compression: expected a number in (0, 1], got {compression}")
         if not 0 <= drop_rate < 1:

@@ -6,7 +6,14 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def _may_be_shared(like: Tensor) -> bool:
+    """Not in a CUDA graph, which owns its memory; nor fake or meta tensors, which have none."""
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return type(like) in (Tensor, nn.Parameter) and like.device.type in ("cpu", "cuda")
 
 
 class SharedStorage:
@@ -39,7 +46,7 @@ class SharedStorage:
         elements = 1
         for size in sizes:
             elements *= size
-        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        if not _may_be_shared(like):
             return torch.empty_strided(sizes, strides, dtype=like.dtype, device=like.device)
         buffer = self._buffer(elements * like.element_size(), like.device)
         with torch.no_grad():

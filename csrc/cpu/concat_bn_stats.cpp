@@ -28,23 +28,10 @@ struct Moments {
   }
 };
 
-// Moments of a buffer; fixed lanes, so that the sums vectorise and never depend on the machine.
 template <typename Acc>
 void merge_buffer(const Acc* buffer, int64_t n, Moments* moments) {
-  constexpr int kLanes = 16;
-  const auto sum = [&](auto term) {
-    double lanes[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) lanes[j] += term(buffer[i + j]);
-    }
-    for (int j = 0; i < n; ++i, ++j) lanes[j] += term(buffer[i]);
-    double total = 0;
-    for (const double lane : lanes) total += lane;
-    return total;
-  };
-  const double mean = sum([](Acc x) { return static_cast<double>(x); }) / n;
-  const double m2 = sum([mean](Acc x) {
+  const double mean = sum(buffer, n, [](Acc x) { return static_cast<double>(x); }) / n;
+  const double m2 = sum(buffer, n, [mean](Acc x) {
     const double centred = x - mean;
     return centred * centred;
   });
@@ -122,11 +109,11 @@ std::vector<Moments> by_channel(const Problem& problem) {
   return moments;
 }
 
-template <typename Acc>
+template <typename Real>
 void update_running(void* running, int64_t channel, double momentum, double value) {
   if (running == nullptr) return;
-  Acc& average = static_cast<Acc*>(running)[channel];
-  average = static_cast<Acc>((1 - momentum) * average + momentum * value);
+  Real& average = static_cast<Real*>(running)[channel];
+  average = static_cast<Real>((1 - momentum) * average + momentum * value);
 }
 
 }  // namespace
@@ -134,14 +121,15 @@ void update_running(void* running, int64_t channel, double momentum, double valu
 void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
   dispatch(problem.element, [&](auto element) {
     using T = decltype(element);
+    using Real = channel_t<T>;
     const std::vector<Moments> moments =
         channels_are_inner(problem) ? by_row<T>(problem) : by_channel<T>(problem);
     for (int64_t c = 0; c < problem.channels; ++c) {
       const auto& [count, mean, m2] = moments[c];
-      static_cast<acc_t<T>*>(statistics.mean)[c] = static_cast<acc_t<T>>(mean);
-      static_cast<acc_t<T>*>(statistics.var)[c] = static_cast<acc_t<T>>(m2 / count);
-      update_running<acc_t<T>>(statistics.running_mean, c, statistics.momentum, mean);
-      update_running<acc_t<T>>(statistics.running_var, c, statistics.momentum, m2 / (count - 1));
+      statistics.mean[c] = mean;
+      static_cast<Real*>(statistics.var)[c] = static_cast<Real>(m2 / count);
+      update_running<Real>(statistics.running_mean, c, statistics.momentum, mean);
+      update_running<Real>(statistics.running_var, c, statistics.momentum, m2 / (count - 1));
     }
   });
 }

@@ -15,17 +15,14 @@
 
 namespace efficient_densenet::cpu {
 
-// Arithmetic type of one element; sums over rows are always double.
+// Arithmetic is one step more precise than the elements, so that rounding the result is the only
+// error that counts; sums over rows are always double.
 template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
+using acc_t = std::conditional_t<(sizeof(T) < 4), float, double>;
+
+// Element type of per-channel arrays.
 template <typename T>
-using acc_t = typename Accumulate<T>::type;
+using channel_t = std::conditional_t<(sizeof(T) < 8), float, double>;
 
 template <typename Body>
 void dispatch(Element element, const Body& body) {
@@ -152,24 +149,43 @@ void for_each_channel(const Problem& problem, const Body& body) {
   }
 }
 
-// Per-channel arrays of y = relu((x - mean) * scale + bias).
-template <typename Acc>
+// Per-channel arrays of y = relu((x - mean) * scale + bias), the mean split as in BatchNorm: `rest`
+// is what its rounded value lacks, and `bias` makes up for it.
+template <typename T>
 struct Channels {
-  std::vector<Acc> mean, inverse_std, scale, bias;
+  using Acc = acc_t<T>;
+  std::vector<Acc> mean, rest, inverse_std, scale, bias;
 
   Channels(const BatchNorm& bn, int64_t channels)
-      : mean(channels), inverse_std(channels), scale(channels), bias(channels) {
+      : mean(channels), rest(channels), inverse_std(channels), scale(channels), bias(channels) {
     const auto read = [](const void* values, int64_t c, Acc otherwise) {
-      return values == nullptr ? otherwise : static_cast<const Acc*>(values)[c];
+      return values == nullptr ? otherwise : Acc(static_cast<const channel_t<T>*>(values)[c]);
     };
     for (int64_t c = 0; c < channels; ++c) {
-      mean[c] = read(bn.mean, c, 0);
+      mean[c] = static_cast<Acc>(bn.mean[c]);
+      rest[c] = static_cast<Acc>(bn.mean[c] - mean[c]);
       inverse_std[c] = Acc(1) / std::sqrt(read(bn.var, c, 1) + static_cast<Acc>(bn.eps));
       scale[c] = read(bn.weight, c, 1) * inverse_std[c];
-      bias[c] = read(bn.bias, c, 0);
+      bias[c] = read(bn.bias, c, 0) - rest[c] * scale[c];
     }
   }
 };
+
+// Sum of term(buffer[i]) in double; fixed lanes, so that it vectorises and never depends on the
+// machine.
+template <typename Acc, typename Term>
+double sum(const Acc* buffer, int64_t n, const Term& term) {
+  constexpr int kLanes = 16;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] += term(buffer[i + j]);
+  }
+  for (int j = 0; i < n; ++i, ++j) lanes[j] += term(buffer[i]);
+  double total = 0;
+  for (const double lane : lanes) total += lane;
+  return total;
+}
 
 // The backward pass calls the same function to know where the ReLU was open, so both must round
 // alike: this code is compiled without contraction to fused multiply-adds.

@@ -25,7 +25,7 @@ __device__ acc_t<T> masked(const Channel<acc_t<T>>& channel, acc_t<T> x, T grad_
 // Sums over rows, of one channel.
 template <typename Real>
 struct Sums {
-  Real dz, dz_centred;
+  Real dz, dz_centred;  // dz, dz * (x - rounded mean)
 
   __device__ void add(Real other_dz, Real other_dz_centred) {
     dz += other_dz;
@@ -137,12 +137,13 @@ __global__ void merge_sums_kernel(int64_t channels, Chunking chunking, const dou
   }
   if (threadIdx.x != 0) return;
   static_cast<Acc*>(gradients.grad_bias)[c] = static_cast<Acc>(sums.dz);
+  const auto channel = Channel<Acc>::load(bn, c);
   static_cast<Acc*>(gradients.grad_weight)[c] =
-      static_cast<Acc>(sums.dz_centred * Channel<Acc>::load(bn, c).inverse_std);
+      static_cast<Acc>((sums.dz_centred - channel.rest * sums.dz) * channel.inverse_std);
 }
 
-// grad_x = scale * dz - offset - (x - mean) * slope; the last two are what the batch statistics
-// send back, 0 for running statistics.
+// grad_x = scale * dz - offset - (x - rounded mean) * slope; the last two are what the batch
+// statistics send back, 0 for running statistics.
 template <typename Acc>
 struct Correction {
   Acc offset, slope;
@@ -151,8 +152,10 @@ struct Correction {
                                     int64_t c, int64_t row_count) {
     if (!gradients.batch_statistics) return {Acc(0), Acc(0)};
     const Acc per_row = channel.scale / static_cast<Acc>(row_count);
-    return {per_row * static_cast<const Acc*>(gradients.grad_bias)[c],
-            per_row * channel.inverse_std * static_cast<const Acc*>(gradients.grad_weight)[c]};
+    const Acc grad_weight = static_cast<const Acc*>(gradients.grad_weight)[c];
+    const Acc slope = per_row * channel.inverse_std * grad_weight;
+    const Acc offset = per_row * static_cast<const Acc*>(gradients.grad_bias)[c];
+    return {fma(-channel.rest, slope, offset), slope};
   }
 };
 

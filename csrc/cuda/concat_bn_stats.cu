@@ -158,7 +158,7 @@ __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunki
     moments.merge(count, mean, m2);
   }
   if (threadIdx.x != 0) return;
-  static_cast<Acc*>(statistics.mean)[c] = static_cast<Acc>(moments.mean);
+  statistics.mean[c] = moments.mean;
   static_cast<Acc*>(statistics.var)[c] = static_cast<Acc>(moments.m2 / moments.count);
   update_running<Acc>(statistics.running_mean, c, statistics.momentum, moments.mean);
   update_running<Acc>(statistics.running_var, c, statistics.momentum,

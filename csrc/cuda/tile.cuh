@@ -163,19 +163,22 @@ struct Window {
   }
 };
 
-// Per-channel numbers of y = relu((x - mean) * scale + bias).
+// Per-channel numbers of y = relu((x - mean) * scale + bias), the mean split as in BatchNorm:
+// `rest` is what its rounded value lacks, and `bias` makes up for it.
 template <typename Acc>
 struct Channel {
-  Acc mean, inverse_std, scale, bias;
+  Acc mean, rest, inverse_std, scale, bias;
 
   __device__ static Channel load(const BatchNorm& bn, int64_t c) {
     Channel channel;
-    channel.mean = static_cast<const Acc*>(bn.mean)[c];
+    channel.mean = static_cast<Acc>(bn.mean[c]);
+    channel.rest = static_cast<Acc>(bn.mean[c] - channel.mean);
     const Acc var = static_cast<const Acc*>(bn.var)[c];
     channel.inverse_std = Acc(1) / sqrt(var + static_cast<Acc>(bn.eps));
     const Acc weight = bn.weight == nullptr ? Acc(1) : static_cast<const Acc*>(bn.weight)[c];
     channel.scale = weight * channel.inverse_std;
     channel.bias = bn.bias == nullptr ? Acc(0) : static_cast<const Acc*>(bn.bias)[c];
+    channel.bias = fma(-channel.rest, channel.scale, channel.bias);
     return channel;
   }
 

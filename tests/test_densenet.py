@@ -1,0 +1,416 @@
+"""The model: shape, names, and that `efficient=True` changes memory and nothing else."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from efficient_densenet import DenseNet, SharedStorage
+from efficient_densenet import densenet as densenet_module
+from reference import relative_error, requires_cuda
+
+SMALL = dict(growth_rate=4, block_config=(3, 2, 2), num_init_features=8, num_classes=5)
+
+
+def pair(device="cpu", dtype=torch.float64, **changes):
+    """The plain and the efficient network with the same weights."""
+    settings = SMALL | changes
+    plain = DenseNet(**settings).to(device, dtype)
+    efficient = DenseNet(**settings, efficient=True).to(device, dtype)
+    efficient.load_state_dict(plain.state_dict())
+    return plain, efficient
+
+
+def images(device="cpu", dtype=torch.float64, n=4, size=32, memory_format=torch.contiguous_format):
+    x = torch.randn(n, 3, size, size, dtype=dtype, device=device)
+    return x.contiguous(memory_format=memory_format)
+
+
+def step(model, x, seed=0):
+    """Output and gradients of one step of gradient descent; the model's parameters move."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    y = model(x)
+    y.logsumexp(1).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p -= 0.01 * p.grad
+    return y.detach(), gradients
+
+
+def assert_same_training(plain, efficient, steps=3, **image_settings):
+    x = [images(**image_settings) for _ in range(steps)]
+    for i in range(steps):
+        (y, gradients), (y_efficient, gradients_efficient) = (
+            step(model, x[i], seed=i) for model in (plain, efficient)
+        )
+        torch.testing.assert_close(y_efficient, y)
+        for name in gradients:
+            torch.testing.assert_close(gradients_efficient[name], gradients[name], msg=name)
+    state = efficient.state_dict()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(state[name], value, msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings, parameters",
+    [
+        (dict(), 769_162),  # DenseNet-BC-100 k=12
+        (dict(block_config=(6, 6, 6), growth_rate=36, num_init_features=72), 1_542_682),
+        (
+            dict(
+                growth_rate=32,
+                block_config=(6, 12, 24, 16),
+                num_init_features=64,
+                num_classes=1000,
+                small_inputs=False,
+            ),
+            7_978_856,  # DenseNet-121
+        ),
+    ],
+)
+@pytest.mark.parametrize("efficient", [False, True])
+def test_number_of_parameters(settings, parameters, efficient):
+    model = DenseNet(**settings, efficient=efficient)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("efficient", [False, True])
+def test_names(efficient):
+    model = DenseNet(block_config=(1, 1), small_inputs=False, efficient=efficient)
+    norms = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    layer = ["norm1", "conv1", "norm2", "conv2"]
+    expected = ["features.conv0.weight", *(f"features.norm0.{n}" for n in norms)]
+    for block in (1, 2):
+        for child in layer:
+            names = norms if "norm" in child else ("weight",)
+            expected += [f"features.denseblock{block}.denselayer1.{child}.{n}" for n in names]
+        if block == 1:
+            expected += [f"features.transition1.norm.{n}" for n in norms]
+            expected += ["features.transition1.conv.weight"]
+    expected += [*(f"features.norm_final.{n}" for n in norms)]
+    expected += ["classifier.weight", "classifier.bias"]
+    assert list(model.state_dict()) == expected
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    plain = DenseNet()
+    torch.manual_seed(0)
+    efficient = DenseNet(efficient=True)
+    for (name, a), b in zip(plain.named_parameters(), efficient.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        if "conv" in name:
+            fan_out = a.size(0) * a.size(2) * a.size(3)
+            assert abs(a.std().item() / math.sqrt(2 / fan_out) - 1) < 0.1
+    assert not plain.classifier.bias.any()
+
+
+@pytest.mark.parametrize("drop_rate", [0, 0.3])
+@pytest.mark.parametrize("small_inputs", [True, False])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+def test_same_training(device, drop_rate, small_inputs, memory_format):
+    plain, efficient = pair(device, drop_rate=drop_rate, small_inputs=small_inputs)
+    for model in (plain, efficient):
+        model.to(memory_format=memory_format)
+    size = 32 if small_inputs else 64
+    assert_same_training(plain, efficient, device=device, size=size, memory_format=memory_format)
+
+
+def test_counts_batches_once(device):
+    _, efficient = pair(device)
+    for i in range(1, 3):
+        step(efficient, images(device))
+        counts = [b for name, b in efficient.named_buffers() if "num_batches" in name]
+        assert counts and all(count == i for count in counts)
+
+
+def test_same_evaluation(device):
+    plain, efficient = pair(device)
+    assert_same_training(plain, efficient, device=device)
+    x = images(device)
+    with torch.no_grad():
+        torch.testing.assert_close(efficient.eval()(x), plain.eval()(x))
+        assert all(block.storage.nbytes == 0 for block in blocks(efficient.apply(clear)))
+    (y, gradients), (y_efficient, gradients_efficient) = step(plain, x), step(efficient, x)
+    torch.testing.assert_close(y_efficient, y)
+    torch.testing.assert_close(gradients_efficient, gradients)
+
+
+def blocks(model):
+    return [m for m in model.modules() if isinstance(m, densenet_module._DenseBlock)]
+
+
+def clear(module):
+    if isinstance(module, densenet_module._DenseBlock):
+        module.storage.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(device, dtype):
+    """As close to float64 as the plain network under autocast."""
+    exact, _ = pair(device)
+    networks = [copy.deepcopy(exact).float(), DenseNet(**SMALL, efficient=True).to(device)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x = images(device)
+    y_exact, gradients_exact = step(exact, x)
+
+    def error(model):
+        with torch.autocast(device, dtype):
+            y = model(x.float())
+        assert y.dtype == dtype
+        y.float().logsumexp(1).sum().backward()
+        name = "features.denseblock1.denselayer2.conv1.weight"
+        gradient = dict(model.named_parameters())[name].grad
+        return relative_error(y, y_exact), relative_error(gradient, gradients_exact[name])
+
+    plain_errors, efficient_errors = (error(model) for model in networks)
+    for plain_error, efficient_error in zip(plain_errors, efficient_errors, strict=True):
+        assert efficient_error <= 2 * plain_error + 4 * torch.finfo(dtype).eps
+
+
+def kept_bytes(model, x):
+    """Unique bytes that autograd keeps, as memory tools see them, without the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in parameters:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    del output
+    return sum(kept.values())
+
+
+def test_memory_is_linear_in_depth(device):
+    x = images(device, torch.float32, n=2)
+
+    def kept(layers, efficient):
+        model = DenseNet(growth_rate=4, block_config=(layers,), efficient=efficient).to(device)
+        return kept_bytes(model, x)
+
+    efficient = [kept(layers, True) for layers in (8, 16, 24)]
+    plain = [kept(layers, False) for layers in (8, 16, 24)]
+    # A layer adds its new features (4 channels) and its bottleneck (16) to what is kept, and 4
+    # channels each to the input and the output of the final norm. Per-channel numbers are few.
+    per_layer = (4 + 16 + 4 + 4) * x.numel() // 3 * 4
+    for found in (efficient[1] - efficient[0], efficient[2] - efficient[1]):
+        assert per_layer * 8 <= found <= per_layer * 8 * 1.03
+    assert plain[2] - plain[1] > 1.5 * (plain[1] - plain[0])
+    assert efficient[2] < plain[2] / 4
+
+
+@requires_cuda
+def test_peak_memory():
+    def peak(efficient):
+        model = DenseNet(efficient=efficient).cuda()
+        x = images("cuda", torch.float32, n=32)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(x).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(True) < peak(False) / 2.5
+
+
+def test_save_on_cpu(device):
+    plain, efficient = pair(device)
+    x = images(device)
+    y, gradients = step(plain, x)
+    with torch.autograd.graph.save_on_cpu():
+        y_efficient, gradients_efficient = step(efficient, x)
+    torch.testing.assert_close(y_efficient, y)
+    torch.testing.assert_close(gradients_efficient, gradients)
+
+
+def test_gradient_accumulation(device):
+    plain, efficient = pair(device)
+    x = [images(device) for _ in range(2)]
+    for model in (plain, efficient):
+        for part in x:
+            model(part).logsumexp(1).sum().backward()
+    for a, b in zip(efficient.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def set_on_norms(model, **attributes):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for name, value in attributes.items():
+                setattr(module, name, value)
+
+
+VARIANTS = {
+    "frozen statistics": lambda model: [
+        m.eval() for m in model.modules() if isinstance(m, nn.BatchNorm2d)
+    ],
+    "frozen affine": lambda model: [
+        p.requires_grad_(False) for name, p in model.named_parameters() if "norm" in name
+    ],
+    "frozen stem and first block": lambda model: [
+        p.requires_grad_(False)
+        for name, p in model.named_parameters()
+        if "conv0" in name or "denseblock1" in name
+    ],
+    "frozen convolutions": lambda model: [
+        p.requires_grad_(False) for name, p in model.named_parameters() if "conv" in name
+    ],
+    "cumulative average": lambda model: set_on_norms(model, momentum=None),
+    "no running statistics": lambda model: set_on_norms(
+        model, track_running_stats=False, running_mean=None, running_var=None
+    ),
+    "untracked but present": lambda model: set_on_norms(model, track_running_stats=False),
+    "other eps and momentum": lambda model: set_on_norms(model, eps=1e-2, momentum=0.7),
+    "not affine": lambda model: set_on_norms(model, weight=None, bias=None),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_batch_norm_variants(device, variant):
+    plain, efficient = pair(device)
+    for model in (plain, efficient):
+        VARIANTS[variant](model)
+    assert_same_training(plain, efficient, device=device)
+    x = images(device)
+    with torch.no_grad():
+        torch.testing.assert_close(efficient.eval()(x), plain.eval()(x))
+
+
+class Other(nn.BatchNorm2d):
+    """Not exactly batch norm."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replace_norm1(model):
+    for module in model.modules():
+        if isinstance(module, densenet_module._DenseLayer):
+            other = Other(module.norm1.num_features).to(module.norm1.weight)
+            other.load_state_dict(module.norm1.state_dict())
+            module.norm1 = other
+
+
+def replace_relu(model):
+    for module in model.modules():
+        if isinstance(module, densenet_module._DenseLayer):
+            module.relu2 = nn.LeakyReLU(0.1)
+
+
+@pytest.mark.parametrize("change", [replace_norm1, replace_relu])
+def test_replaced_modules_are_called(device, change):
+    plain, efficient = pair(device)
+    for model in (plain, efficient):
+        change(model)
+    assert_same_training(plain, efficient, device=device)
+
+
+def test_synchronised_batch_norm_is_not_replaced_by_ours():
+    plain, efficient = pair()
+    assert_same_training(plain, efficient)
+    efficient = nn.SyncBatchNorm.convert_sync_batchnorm(efficient)
+    x = images()
+    with torch.no_grad():  # training needs a GPU and a process group
+        torch.testing.assert_close(efficient.eval()(x), plain.eval()(x))
+    layer = blocks(efficient)[0].denselayer1
+    assert not densenet_module._can_fuse(layer.norm1, layer.relu1)
+
+
+@pytest.mark.parametrize("name", ["norm1", "relu1", "conv1", "norm2", "relu2", "conv2"])
+def test_hooks_are_called(device, name):
+    plain, efficient = pair(device)
+    calls = []
+    for model in (plain, efficient):
+        layer = blocks(model)[0].denselayer2
+        getattr(layer, name).register_forward_hook(lambda module, x, y: calls.append(y.shape))
+    assert_same_training(plain, efficient, steps=1, device=device)
+    assert len(calls) == 2 and calls[0] == calls[1]
+
+
+def test_copies(device):
+    _, efficient = pair(device)
+    step(efficient, images(device))
+    assert blocks(efficient)[0].storage.nbytes > 0
+    buffer = io.BytesIO()
+    torch.save(efficient, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    x = images(device)
+    expected = efficient.eval()(x)
+    for other in (copy.deepcopy(efficient), loaded):
+        assert blocks(other)[0].storage.nbytes == 0
+        assert isinstance(blocks(other)[0].storage, SharedStorage)
+        torch.testing.assert_close(other.eval()(x), expected)
+
+
+def test_data_parallel(device):
+    """On all GPUs there are, be it one; on the CPU the wrapper calls the module."""
+    plain, efficient = pair(device)
+    n = 4 * max(1, torch.cuda.device_count())
+    x = images(device, n=n)
+    plain, efficient = nn.DataParallel(plain), nn.DataParallel(efficient)
+    y, gradients = step(plain, x)
+    y_efficient, gradients_efficient = step(efficient, x)
+    torch.testing.assert_close(y_efficient, y)
+    torch.testing.assert_close(gradients_efficient, gradients)
+
+
+def test_distributed_data_parallel(device, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, efficient = pair(device)
+        wrapped = nn.parallel.DistributedDataParallel(efficient)
+        x = images(device)
+        y, gradients = step(plain, x)
+        y_wrapped, gradients_wrapped = step(wrapped, x)
+        torch.testing.assert_close(y_wrapped, y)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradients_wrapped[f"module.{name}"], gradient)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_trains(device):
+    torch.manual_seed(0)
+    model = DenseNet(**SMALL, efficient=True).to(device)
+    x = images(device, torch.float32, n=16, size=16)
+    target = torch.arange(16, device=device) % 5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(15):
+        loss = F.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 1.5
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(compression=0), r"compression: expected a number in \(0, 1\], got 0"),
+        (dict(compression=1.5), r"compression: expected a number in \(0, 1\], got 1.5"),
+        (dict(drop_rate=1), r"drop_rate: expected a number in \[0, 1\), got 1"),
+        (dict(growth_rate=0), "growth_rate: expected a positive integer, got 0"),
+        (dict(block_config=()), r"block_config: expected at least one positive integer, got \(\)"),
+        (dict(block_config=(3, 0)), "block_config: expected at least one positive integer"),
+    ],
+)
+def test_wrong_arguments(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DenseNet(**wrong)
