@@ -52,9 +52,9 @@ struct Problem {
 
 // Per-channel arrays [C], float or double (is_double); weight, bias may be null: 1 and 0.
 //
-// The mean is always double. Kernels subtract its float part m from x, which is exact where it
-// matters, and fold the rest into the bias: (x - m) * scale + (bias - (mean - m) * scale). So where
-// the mean is a thousand standard deviations, y keeps the digits that a float mean would lose.
+// The mean is always double. Kernels subtract a rounded mean m from x and fold the rest into the
+// bias: (x - m) * scale + (bias - (mean - m) * scale). So where the mean is a thousand standard
+// deviations, y keeps the digits that a float mean would lose.
 struct BatchNorm {
   const double* mean;
   const void* var;

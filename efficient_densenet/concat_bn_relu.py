@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version, saved_tensors_hooks
+from torch.autograd.graph import (
+    GradientEdge,
+    get_gradient_edge,
+    increment_version,
+    saved_tensors_hooks,
+)
 
 from . import _extension  # noqa: F401  registers the operators
 from ._arguments import check_arguments
@@ -79,13 +84,13 @@ def concat_bn_relu(
         return _forward(settings._replace(storage=None), *inputs).y
     if any(tensor is not None and tensor.requires_grad for tensor in (weight, bias, *features)):
         y = _ConcatBNReLU.apply(settings, None, *inputs)
-        y._concat_bn_relu_node = y.grad_fn
+        y._gradient_edge = get_gradient_edge(y)
         return y
     # Nothing here wants a gradient, but the consumer's weight may, and then the result has to be
     # recomputed: an input that does want one makes autograd keep what that takes.
     anchored = _ConcatBNReLU.apply(settings, torch.empty(0, requires_grad=True), *inputs)
     y = anchored.detach()
-    y._concat_bn_relu_node = anchored.grad_fn
+    y._gradient_edge = get_gradient_edge(anchored)
     return y
 
 
@@ -104,8 +109,8 @@ def recompute_in_backward(y: Tensor) -> Iterator[None]:
     if not torch.is_grad_enabled():
         yield
         return
-    node = getattr(y, "_concat_bn_relu_node", None)
-    if node is None:
+    edge = getattr(y, "_gradient_edge", None)
+    if edge is None:
         raise TypeError("y: expected a result of concat_bn_relu that was computed in gradient mode")
     version = y._version
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -114,7 +119,7 @@ def recompute_in_backward(y: Tensor) -> Iterator[None]:
         on_same_memory = tensor.untyped_storage()._cdata == y.untyped_storage()._cdata
         if on_same_memory and tensor._version == version:
             offset = tensor.storage_offset() - y.storage_offset()
-            return _Recomputed(node, tensor.size(), tensor.stride(), offset)
+            return _Recomputed(edge, tensor.size(), tensor.stride(), offset)
         if outer is not None:
             return _PackedOutside(outer[1], outer[0](tensor))
         return _Kept(tensor.detach(), tensor._version)
@@ -129,17 +134,17 @@ def recompute_in_backward(y: Tensor) -> Iterator[None]:
 
 
 class _Recomputed(NamedTuple):
-    """In place of a saved result: the node that recomputes it and the part of it that was saved."""
+    """In place of a saved result: whose inputs to recompute it from, and which part was saved."""
 
-    node: Any
+    edge: GradientEdge  # not the bare node, which would not keep its saved tensors alive
     sizes: torch.Size
     strides: tuple[int, ...]
     offset: int
 
     def unpack(self) -> Tensor:
         with torch.no_grad():
-            mean, var, weight, bias, *features = self.node.saved_tensors
-            settings = self.node.settings
+            mean, var, weight, bias, *features = self.edge.node.saved_tensors
+            settings = self.edge.node.settings
             features = [feature.to(settings.dtype) for feature in features]
             y = _allocate(settings, features)
             _normalise(settings, features, mean, var, weight, bias, y)

@@ -171,15 +171,23 @@ struct Channel {
 
   __device__ static Channel load(const BatchNorm& bn, int64_t c) {
     Channel channel;
-    channel.mean = static_cast<Acc>(bn.mean[c]);
-    channel.rest = static_cast<Acc>(bn.mean[c] - channel.mean);
     const Acc var = static_cast<const Acc*>(bn.var)[c];
     channel.inverse_std = Acc(1) / sqrt(var + static_cast<Acc>(bn.eps));
     const Acc weight = bn.weight == nullptr ? Acc(1) : static_cast<const Acc*>(bn.weight)[c];
     channel.scale = weight * channel.inverse_std;
+    channel.mean = round_mean(bn.mean[c], channel.inverse_std);
+    channel.rest = static_cast<Acc>(bn.mean[c] - channel.mean);
     channel.bias = bn.bias == nullptr ? Acc(0) : static_cast<const Acc*>(bn.bias)[c];
     channel.bias = fma(-channel.rest, channel.scale, channel.bias);
     return channel;
+  }
+
+  // A multiple of the power of two next to the standard deviation: 0 where the mean is small, and
+  // of so few digits elsewhere that x - mean is exact for almost every x.
+  __device__ static Acc round_mean(double mean, Acc inverse_std) {
+    const double unit = scalbn(1.0, -ilogb(inverse_std));
+    const Acc rounded = static_cast<Acc>(unit * rint(mean / unit));
+    return isfinite(rounded) ? rounded : static_cast<Acc>(mean);
   }
 
   // Forward and backward both call this, and fma leaves the compiler no choice of rounding, so
