@@ -27,12 +27,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from checkpointed import checkpointed_densenet
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.testing import do_bench
 
 import efficient_densenet
+from checkpointed import checkpointed_densenet
 from efficient_densenet import DenseNet, SharedStorage, concat_bn_relu
 
 OPS = torch.ops.efficient_densenet
@@ -118,7 +118,10 @@ def check(problem: Problem) -> None:
 
     exact = run(plain, lambda x: x.double())
     found = [
-        max(relative_error(value, e) for value, e in zip(run(operator, lambda x: x), exact))
+        max(
+            relative_error(value, e)
+            for value, e in zip(run(operator, lambda x: x), exact, strict=True)
+        )
         for operator in (ours, plain)
     ]
     limit = 2 * found[1] + 4 * torch.finfo(problem.dtype).eps
@@ -218,7 +221,9 @@ def main() -> None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit or 'unknown'}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit or 'unknown'}"
+    )
     print(f"efficient_densenet {efficient_densenet.build_info()}")
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s (bytes read and written)")
 

@@ -42,7 +42,7 @@ class _CheckpointedBlock(nn.Module):
 
 
 def checkpointed_densenet(**settings) -> DenseNet:
-    """A `DenseNet(**settings)` that checkpoints; its running statistics are updated twice a step."""
+    """A checkpointing `DenseNet(**settings)`; it updates running statistics twice a step."""
     model = DenseNet(**settings)
     for name, child in model.features.named_children():
         if name.startswith("denseblock"):

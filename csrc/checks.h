@@ -16,7 +16,7 @@ template <typename... Parts>
 
 }  // namespace efficient_densenet
 
-#define EFFICIENT_DENSENET_CHECK(condition, ...) \
-  do {                                           \
+#define EFFICIENT_DENSENET_CHECK(condition, ...)               \
+  do {                                                         \
     if (!(condition)) ::efficient_densenet::fail(__VA_ARGS__); \
   } while (false)

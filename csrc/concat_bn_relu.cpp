@@ -39,7 +39,7 @@ Element element_of(const char* op, const Tensor& x) {
   }
 }
 
-ScalarType statistics_type(Element element) {
+ScalarType parameter_type(Element element) {
   return is_double(element) ? ScalarType::Double : ScalarType::Float;
 }
 
@@ -57,7 +57,8 @@ class Geometry {
   Geometry(const char* op, const Tensor& first) : op_(op), first_(first) {
     EFFICIENT_DENSENET_CHECK(first.dim() >= 2 && first.dim() <= 1 + kMaxRowDims, op,
                              "features: expected [N, C, *spatial] with 0 to 3 spatial "
-                             "dimensions, got ", first.dim(), " dimensions");
+                             "dimensions, got ",
+                             first.dim(), " dimensions");
   }
 
   void add(const char* name, const Tensor& tensor, View* view) {
@@ -132,25 +133,24 @@ struct Call {
 
   void* per_channel(const char* name, const Tensor& tensor, ScalarType dtype) const {
     EFFICIENT_DENSENET_CHECK(
-        tensor.dim() == 1 && tensor.size(0) == problem.channels && tensor.is_contiguous(), op,
-        name, ": expected a contiguous tensor of length ", problem.channels);
+        tensor.dim() == 1 && tensor.size(0) == problem.channels && tensor.is_contiguous(), op, name,
+        ": expected a contiguous tensor of length ", problem.channels);
     EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == dtype, op, name,
-                             ": expected float64 for the mean and for float64 features, else "
-                             "float32");
+                             ": expected float64 for mean, var and float64 features, else float32");
     EFFICIENT_DENSENET_CHECK(tensor.device() == device, op, name,
                              ": device differs from features[0]");
     return tensor.data_ptr();
   }
 
   void* per_channel(const char* name, const std::optional<Tensor>& tensor) const {
-    return tensor.has_value() ? per_channel(name, *tensor, statistics_type(problem.element))
+    return tensor.has_value() ? per_channel(name, *tensor, parameter_type(problem.element))
                               : nullptr;
   }
 
   BatchNorm batch_norm(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
                        const std::optional<Tensor>& bias, double eps) const {
     return {static_cast<const double*>(per_channel("mean", mean, ScalarType::Double)),
-            per_channel("var", var, statistics_type(problem.element)),
+            static_cast<const double*>(per_channel("var", var, ScalarType::Double)),
             per_channel("weight", weight), per_channel("bias", bias), eps};
   }
 
@@ -181,8 +181,8 @@ void launch(Call& call, void (*cpu_kernel)(const Problem&, const Args&...),
   // Freed on return, in stream order: whoever gets the memory next is queued behind the kernels.
   Tensors workspaces;
   call.problem.workspace = [&](int64_t doubles) {
-    workspaces.push_back(torch::stable::empty({doubles}, ScalarType::Double, std::nullopt,
-                                              call.device));
+    workspaces.push_back(
+        torch::stable::empty({doubles}, ScalarType::Double, std::nullopt, call.device));
     return static_cast<double*>(workspaces.back().data_ptr());
   };
   cuda_kernel(call.problem, args...);
@@ -200,8 +200,9 @@ std::tuple<Tensor, Tensor> concat_bn_stats(const Tensors& features,
   void* const running_mean_data = call.per_channel("running_mean", running_mean);
   void* const running_var_data = call.per_channel("running_var", running_var);
   Tensor mean = call.new_per_channel(ScalarType::Double);
-  Tensor var = call.new_per_channel(statistics_type(call.problem.element));
-  const Statistics statistics{static_cast<double*>(mean.data_ptr()), var.data_ptr(), running_mean_data,
+  Tensor var = call.new_per_channel(ScalarType::Double);
+  const Statistics statistics{static_cast<double*>(mean.data_ptr()),
+                              static_cast<double*>(var.data_ptr()), running_mean_data,
                               running_var_data, momentum};
   launch(call, cpu::concat_bn_stats, cuda::concat_bn_stats, statistics);
   return {mean, var};
@@ -234,9 +235,8 @@ std::tuple<Tensor, Tensor> concat_bn_relu_backward(
   EFFICIENT_DENSENET_CHECK(wanted.size() == grad_features.size(), call.op, "wanted: expected ",
                            grad_features.size(), " indices, got ", wanted.size());
   for (size_t i = 0; i < wanted.size(); ++i) {
-    EFFICIENT_DENSENET_CHECK(
-        wanted[i] >= 0 && wanted[i] < static_cast<int64_t>(features.size()), call.op,
-        "wanted: expected indices of features, got ", wanted[i]);
+    EFFICIENT_DENSENET_CHECK(wanted[i] >= 0 && wanted[i] < static_cast<int64_t>(features.size()),
+                             call.op, "wanted: expected indices of features, got ", wanted[i]);
     Feature& feature = call.problem.features[wanted[i]];
     EFFICIENT_DENSENET_CHECK(grad_features[i].size(1) == feature.channels, call.op,
                              "grad_features: expected ", feature.channels, " channels, got ",
@@ -246,8 +246,8 @@ std::tuple<Tensor, Tensor> concat_bn_relu_backward(
   call.merge_rows();
   const BatchNorm bn = call.batch_norm(mean, var, weight, bias, eps);
   EFFICIENT_DENSENET_CHECK(grad_y.numel() > 0, call.op, "grad_y: expected at least one element");
-  Tensor grad_weight = call.new_per_channel(statistics_type(call.problem.element));
-  Tensor grad_bias = call.new_per_channel(statistics_type(call.problem.element));
+  Tensor grad_weight = call.new_per_channel(parameter_type(call.problem.element));
+  Tensor grad_bias = call.new_per_channel(parameter_type(call.problem.element));
   gradients.grad_weight = grad_weight.data_ptr();
   gradients.grad_bias = grad_bias.data_ptr();
   launch(call, cpu::concat_bn_relu_backward, cuda::concat_bn_relu_backward, bn, gradients);
@@ -269,9 +269,9 @@ STABLE_TORCH_LIBRARY(efficient_densenet, m) {
       "Tensor(a!)[] grad_features) -> (Tensor grad_weight, Tensor grad_bias)");
 }
 
-#define EFFICIENT_DENSENET_IMPLEMENTATIONS(m)                      \
-  m.impl("concat_bn_stats", TORCH_BOX(&concat_bn_stats));          \
-  m.impl("concat_bn_relu", TORCH_BOX(&concat_bn_relu));            \
+#define EFFICIENT_DENSENET_IMPLEMENTATIONS(m)             \
+  m.impl("concat_bn_stats", TORCH_BOX(&concat_bn_stats)); \
+  m.impl("concat_bn_relu", TORCH_BOX(&concat_bn_relu));   \
   m.impl("concat_bn_relu_backward", TORCH_BOX(&concat_bn_relu_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_densenet, CPU, m) { EFFICIENT_DENSENET_IMPLEMENTATIONS(m); }

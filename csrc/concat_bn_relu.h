@@ -12,7 +12,7 @@ namespace efficient_densenet {
 
 enum class Element { kDouble, kFloat, kHalf, kBFloat16 };
 
-// Per-channel numbers are double for double features and float for all others.
+// Parameters and running statistics are double for double features and float for all others.
 inline bool is_double(Element element) { return element == Element::kDouble; }
 
 constexpr int kMaxRowDims = 4;  // batch and up to three spatial dimensions
@@ -46,18 +46,18 @@ struct Problem {
   RowSpace rows;
   std::vector<Feature> features;
   int64_t channels;
-  void* stream = nullptr;                    // CUDA only
+  void* stream = nullptr;                     // CUDA only
   std::function<double*(int64_t)> workspace;  // CUDA only: scratch of so many doubles
 };
 
-// Per-channel arrays [C], float or double (is_double); weight, bias may be null: 1 and 0.
+// Per-channel arrays [C]. Weight and bias are float or double (is_double) and may be null: 1 and 0.
 //
-// The mean is always double. Kernels subtract a rounded mean m from x and fold the rest into the
-// bias: (x - m) * scale + (bias - (mean - m) * scale). So where the mean is a thousand standard
-// deviations, y keeps the digits that a float mean would lose.
+// Statistics are always double: they are few. Kernels subtract a rounded mean m from x and fold the
+// rest into the bias: (x - m) * scale + (bias - (mean - m) * scale). So where the mean is a
+// thousand standard deviations, y keeps the digits that a float mean would lose.
 struct BatchNorm {
   const double* mean;
-  const void* var;
+  const double* var;
   const void* weight;
   const void* bias;
   double eps;
@@ -65,16 +65,16 @@ struct BatchNorm {
 
 struct Statistics {
   double* mean;        // [C], out
-  void* var;           // [C], out: biased variance
-  void* running_mean;  // [C] or null, updated in place
-  void* running_var;   // [C] or null, updated in place with the unbiased variance
+  double* var;         // [C], out: biased variance
+  void* running_mean;  // [C] or null, float or double, updated in place
+  void* running_var;   // [C] or null, likewise, with the unbiased variance
   double momentum;
 };
 
 struct Gradients {
   View grad_y;
-  void* grad_weight;  // [C], out
-  void* grad_bias;    // [C], out
+  void* grad_weight;      // [C], out
+  void* grad_bias;        // [C], out
   bool batch_statistics;  // mean and var depend on the features
 };
 

@@ -30,6 +30,4 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
-  module.def("build_info", &build_info, "How this module was built.");
-}
+PYBIND11_MODULE(_C, module) { module.def("build_info", &build_info, "How this module was built."); }

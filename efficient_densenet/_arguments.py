@@ -60,41 +60,40 @@ def _check_features(features: Sequence[Tensor]) -> None:
         )
     if first.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"features[0]: expected a CPU or CUDA tensor, got one on {first.device}")
+    without_channels = _without_channels(first)
     for i, feature in enumerate(features):
-        if _without_channels(feature) != _without_channels(first):
+        if _without_channels(feature) != without_channels:
             raise ValueError(
                 f"features[{i}]: expected batch and spatial sizes of features[0] with shape "
                 f"{list(first.shape)}, got shape {list(feature.shape)}"
             )
         if feature.device != first.device:
             raise ValueError(
-                f"features[{i}]: expected device {first.device} of features[0], got {feature.device}"
+                f"features[{i}]: expected device {first.device} of features[0], "
+                f"got {feature.device}"
             )
 
 
 def _without_channels(feature: Tensor) -> tuple[int, ...]:
-    return (feature.dim(), *feature.shape[:1], *feature.shape[2:])
+    shape = feature.shape
+    return shape[:1] + shape[2:]
 
 
 def _check_dtypes(features: Sequence[Tensor]) -> torch.dtype:
-    for i, feature in enumerate(features):
-        if feature.dtype not in _DTYPES:
+    kind = features[0].device.type
+    dtypes = [feature.dtype for feature in features]
+    for i, dtype in enumerate(dtypes):
+        if dtype not in _DTYPES:
             raise TypeError(
-                f"features[{i}]: expected float64, float32, float16 or bfloat16, got {feature.dtype}"
+                f"features[{i}]: expected float64, float32, float16 or bfloat16, got {dtype}"
             )
-    dtypes = [_autocast_dtype(feature) for feature in features]
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        autocast = torch.get_autocast_dtype(kind)  # like torch, it leaves float64 alone
+        dtypes = [dtype if dtype == torch.float64 else autocast for dtype in dtypes]
     for i, dtype in enumerate(dtypes):
         if dtype != dtypes[0]:
             raise TypeError(f"features[{i}]: expected {dtypes[0]} of features[0], got {dtype}")
     return dtypes[0]
-
-
-def _autocast_dtype(feature: Tensor) -> torch.dtype:
-    """What autocast makes of a feature; like torch it leaves float64 alone."""
-    kind = feature.device.type
-    if feature.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return feature.dtype
-    return torch.get_autocast_dtype(kind)
 
 
 def _check_per_channel(

@@ -145,7 +145,7 @@ class _Recomputed(NamedTuple):
         with torch.no_grad():
             mean, var, weight, bias, *features = self.edge.node.saved_tensors
             settings = self.edge.node.settings
-            features = [feature.to(settings.dtype) for feature in features]
+            features = _cast(features, settings.dtype)
             y = _allocate(settings, features)
             _normalise(settings, features, mean, var, weight, bias, y)
         return y.as_strided(self.sizes, self.strides, y.storage_offset() + self.offset)
@@ -161,8 +161,8 @@ class _Kept(NamedTuple):
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: [{self.tensor.type()} {list(self.tensor.shape)}] is at version "
-                f"{self.tensor._version}; expected version {self.version} instead."
+                f"inplace operation: [{self.tensor.type()} {list(self.tensor.shape)}] is at "
+                f"version {self.tensor._version}; expected version {self.version} instead."
             )
         return self.tensor
 
@@ -211,14 +211,15 @@ class _ConcatBNReLU(torch.autograd.Function):
         _, _, _, _, needs_weight, needs_bias, *needs_features = ctx.needs_input_grad
         mean, var, weight, bias, *features = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(needs_features) if needed]
-        features_used = [feature.to(ctx.settings.dtype) for feature in features]
-        grad_features = [torch.empty_like(features_used[i]) for i in wanted]
+        used = _cast(features, ctx.settings.dtype)
+        grad_features = [torch.empty_like(used[i]) for i in wanted]
         grad_weight, grad_bias = _gradients(
-            ctx.settings, grad_y, features_used, mean, var, weight, bias, wanted, grad_features
+            ctx.settings, grad_y, used, mean, var, weight, bias, wanted, grad_features
         )
-        by_feature = {
-            i: grad.to(features[i].dtype) for i, grad in zip(wanted, grad_features, strict=True)
-        }
+        by_feature = dict(zip(wanted, grad_features, strict=True))
+        for i, grad in by_feature.items():
+            if grad.dtype != features[i].dtype:  # autocast
+                by_feature[i] = grad.to(features[i].dtype)
         return (
             *no_gradients[:4],
             grad_weight.to(weight.dtype) if needs_weight else None,
@@ -235,18 +236,22 @@ def _forward(
     bias: Tensor | None,
     *features: Tensor,
 ) -> _Forward:
-    used = [feature.to(settings.dtype) for feature in features]
+    used = _cast(features, settings.dtype)
     # Before the running statistics change: running out of memory must leave them as they were.
     y = _allocate(settings, used)
     if not settings.training:
-        mean, var = running_mean.double(), _statistics_dtype(running_var, y)
+        mean, var = running_mean.double(), running_var.double()
     elif y.numel() == 0:  # like F.batch_norm, which leaves the running statistics alone
-        var = torch.ones(y.size(1), dtype=_statistics_type(y), device=y.device)
-        mean = var.double()
+        mean = var = torch.ones(y.size(1), dtype=torch.float64, device=y.device)
     else:
         mean, var = _batch_statistics(settings, used, running_mean, running_var)
     _normalise(settings, used, mean, var, weight, bias, y)
     return _Forward(y, mean, var)
+
+
+def _cast(features: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The features as the kernels read them; under autocast these are copies that nobody keeps."""
+    return [x if x.dtype == dtype else x.to(dtype) for x in features]
 
 
 def _allocate(settings: _Settings, features: Sequence[Tensor]) -> Tensor:
@@ -265,7 +270,7 @@ def _batch_statistics(
     running_var: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    used_mean, used_var = (_statistics_dtype(t, features[0]) for t in (running_mean, running_var))
+    used_mean, used_var = (_as_parameter(t, features[0]) for t in (running_mean, running_var))
     mean, var = _ops.concat_bn_stats(features, used_mean, used_var, settings.momentum)
     for original, used in ((running_mean, used_mean), (running_var, used_var)):
         if original is not used:
@@ -283,7 +288,7 @@ def _normalise(
     bias: Tensor | None,
     y: Tensor,
 ) -> None:
-    weight, bias = _statistics_dtype(weight, y), _statistics_dtype(bias, y)
+    weight, bias = _as_parameter(weight, y), _as_parameter(bias, y)
     _ops.concat_bn_relu(features, mean, var, weight, bias, settings.eps, y)
     # The kernels write through a pointer, which autograd does not see.
     increment_version(y)
@@ -302,23 +307,34 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Writes ``grad_features``, the gradients of ``features[i] for i in wanted``."""
     if grad_y.numel() == 0:
-        return torch.zeros_like(var), torch.zeros_like(var)
-    weight, bias = _statistics_dtype(weight, grad_y), _statistics_dtype(bias, grad_y)
+        return tuple(mean.new_zeros(mean.shape, dtype=_parameter_type(grad_y)) for _ in range(2))
+    weight, bias = _as_parameter(weight, grad_y), _as_parameter(bias, grad_y)
     return _ops.concat_bn_relu_backward(
-        grad_y, features, mean, var, weight, bias, settings.eps, settings.training, wanted,
+        grad_y,
+        features,
+        mean,
+        var,
+        weight,
+        bias,
+        settings.eps,
+        settings.training,
+        wanted,
         grad_features,
     )
 
 
-def _statistics_type(features: Tensor) -> torch.dtype:
+def _parameter_type(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def _statistics_dtype(per_channel: Tensor | None, features: Tensor) -> Tensor | None:
+def _as_parameter(per_channel: Tensor | None, features: Tensor) -> Tensor | None:
     """A per-channel tensor as the kernels take it; itself, where it is so already."""
     if per_channel is None:
         return None
-    return per_channel.to(_statistics_type(features)).contiguous()
+    dtype = _parameter_type(features)
+    if per_channel.dtype == dtype and per_channel.is_contiguous():
+        return per_channel
+    return per_channel.to(dtype).contiguous()
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -351,8 +367,8 @@ def _dense_strides(sizes: Sequence[int], channels_last: bool) -> list[int]:
 @torch.library.register_fake("efficient_densenet::concat_bn_stats")
 def _(features, running_mean, running_var, momentum):
     channels = sum(feature.size(1) for feature in features)
-    var = features[0].new_empty(channels, dtype=_statistics_type(features[0]))
-    return torch.empty_like(var, dtype=torch.float64), var
+    mean = features[0].new_empty(channels, dtype=torch.float64)
+    return mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu")
@@ -362,4 +378,5 @@ def _(features, mean, var, weight, bias, eps, y):
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
 def _(grad_y, features, mean, var, weight, bias, eps, batch_statistics, wanted, grad_features):
-    return torch.empty_like(var), torch.empty_like(var)
+    grad_weight = torch.empty_like(mean, dtype=_parameter_type(grad_y))
+    return grad_weight, torch.empty_like(grad_weight)

@@ -202,7 +202,9 @@ class DenseNet(nn.Module):
         self.features = nn.Sequential(_stem(num_init_features, small_inputs))
         num_features = num_init_features
         for i, num_layers in enumerate(block_config):
-            block = _DenseBlock(num_layers, num_features, bn_size, growth_rate, drop_rate, efficient)
+            block = _DenseBlock(
+                num_layers, num_features, bn_size, growth_rate, drop_rate, efficient
+            )
             self.features.add_module(f"denseblock{i + 1}", block)
             num_features += num_layers * growth_rate
             if i + 1 < len(block_config):

@@ -157,7 +157,9 @@ def assert_error_rule(found: dict[str, tuple[float, float]], dtype: torch.dtype)
     """e <= 2 * e_torch + 4 * eps for each tensor; e <= 1e-10 in float64."""
     for name, (ours, torchs) in found.items():
         limit = 1e-10 if dtype == torch.float64 else 2 * torchs + 4 * torch.finfo(dtype).eps
-        assert ours <= limit, f"{name}: error {ours:.3g}, plain torch {torchs:.3g}, limit {limit:.3g}"
+        assert ours <= limit, (
+            f"{name}: error {ours:.3g}, plain torch {torchs:.3g}, limit {limit:.3g}"
+        )
 
 
 def assert_error_ratio(found: Sequence[dict[str, tuple[float, float]]]) -> None:

@@ -55,7 +55,9 @@ def test_16_bit_features_with_float32_parameters(device, dtype, affine):
     affine=st.booleans(),
 )
 @pytest.mark.parametrize("device_name", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
-def test_random_shapes(device_name, channels, batch, spatial, memory_format, dtype, training, affine):
+def test_random_shapes(
+    device_name, channels, batch, spatial, memory_format, dtype, training, affine
+):
     problem = make_problem(
         channels, (batch, *spatial), dtype, device_name, training, memory_format, affine=affine
     )
@@ -148,7 +150,9 @@ def test_batch_of_size_zero(device, training):
         assert torch.equal(ours[name], plain[name]), name
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 1, 4, 4), (2, 6, 1, 1), (1, 6, 3, 1), (2, 4, 2, 3, 3)])
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 4, 4), (2, 1, 4, 4), (2, 6, 1, 1), (1, 6, 3, 1), (2, 4, 2, 3, 3)]
+)
 @pytest.mark.parametrize("first", FORMATS[:3])
 @pytest.mark.parametrize("second", FORMATS[:3])
 def test_result_has_the_strides_of_cat(shape, first, second):
@@ -322,15 +326,13 @@ def test_autocast(device, dtype):
     assert y.dtype == z.dtype == dtype
     z.float().square().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in (*features, weight, bias))
-    exact = run(
-        plain_concat_bn_relu, make_problem([4, 3], (6, 5, 5), torch.float64, device)
-    )["y"]
+    exact = run(plain_concat_bn_relu, make_problem([4, 3], (6, 5, 5), torch.float64, device))["y"]
     assert relative_error(y, exact) < 2 * torch.finfo(dtype).eps
 
     # Kept for backward: the features as they came, per-channel numbers, the convolution's own.
     kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
     features_bytes = sum(x.numel() * 4 for x in features)
-    per_channel_bytes = 4 * 7 * 4  # mean, var, weight, bias
+    per_channel_bytes = (2 * 8 + 2 * 4) * 7  # mean, var, weight, bias
     conv_bytes = conv.weight.numel() * (4 + dtype.itemsize) + 2 * (4 + dtype.itemsize)
     assert sum(kept.values()) <= features_bytes + per_channel_bytes + conv_bytes
 
@@ -388,34 +390,53 @@ def test_side_stream():
 SAMPLES = {
     "concat_bn_stats": lambda p: (p.features, p.running_mean, p.running_var, 0.1),
     "concat_bn_relu": lambda p: (
-        p.features, p.running_mean.double(), p.running_var, p.weight, None, 1e-5, torch.empty_like(p.grad_y)
+        p.features,
+        p.running_mean.double(),
+        p.running_var.double(),
+        p.weight,
+        None,
+        1e-5,
+        torch.empty_like(p.grad_y),
     ),
     "concat_bn_relu_backward": lambda p: (
-        p.grad_y, p.features, p.running_mean.double(), p.running_var, p.weight, p.bias, 1e-5, True, [1],
+        p.grad_y,
+        p.features,
+        p.running_mean.double(),
+        p.running_var.double(),
+        p.weight,
+        p.bias,
+        1e-5,
+        True,
+        [1],
         [torch.empty_like(p.features[1])],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_opcheck(device, name, dtype):
     problem = make_problem([4, 3], (6, 5, 5), dtype, device)
-    torch.library.opcheck(getattr(torch.ops.efficient_densenet, name).default, SAMPLES[name](problem))
+    torch.library.opcheck(
+        getattr(torch.ops.efficient_densenet, name).default, SAMPLES[name](problem)
+    )
 
 
 def test_operators_check_what_would_be_out_of_bounds(device):
     ops = torch.ops.efficient_densenet
     p = make_problem([4, 3], (6, 5, 5), torch.float32, device)
+    mean = var = p.weight.double()
     with pytest.raises(RuntimeError, match="mean: expected a contiguous tensor of length 7"):
-        ops.concat_bn_relu(p.features, p.weight[:5], p.weight, None, None, 1e-5, p.grad_y)
+        ops.concat_bn_relu(p.features, mean[:5], var, None, None, 1e-5, p.grad_y)
+    with pytest.raises(RuntimeError, match="var: expected float64"):
+        ops.concat_bn_relu(p.features, mean, var.float(), None, None, 1e-5, p.grad_y)
     with pytest.raises(RuntimeError, match="y: expected 7 channels, got 6"):
-        ops.concat_bn_relu(p.features, p.weight, p.weight, None, None, 1e-5, p.grad_y[:, :6])
+        ops.concat_bn_relu(p.features, mean, var, None, None, 1e-5, p.grad_y[:, :6])
     with pytest.raises(RuntimeError, match="features: batch or spatial sizes differ"):
         ops.concat_bn_stats([p.features[0], p.features[1][:5]], None, None, 0.1)
     with pytest.raises(RuntimeError, match="features: dtype differs"):
         ops.concat_bn_stats([p.features[0], p.features[1].double()], None, None, 0.1)
     with pytest.raises(RuntimeError, match="wanted: expected indices of features, got 2"):
         ops.concat_bn_relu_backward(
-            p.grad_y, p.features, p.weight, p.weight, None, None, 1e-5, True, [2], [p.features[0]]
+            p.grad_y, p.features, mean, var, None, None, 1e-5, True, [2], [p.features[0]]
         )

@@ -3,10 +3,13 @@
 import copy
 import io
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -218,13 +221,14 @@ def test_peak_memory():
     def peak(efficient):
         model = DenseNet(efficient=efficient).cuda()
         x = images("cuda", torch.float32, n=32)
+        model(x).sum().backward()  # gradients and libraries' workspaces stay
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         model(x).sum().backward()
         return torch.cuda.max_memory_allocated() - before
 
-    assert peak(True) < peak(False) / 2.5
+    assert peak(True) < peak(False) / 3
 
 
 def test_save_on_cpu(device):
@@ -369,19 +373,32 @@ def test_data_parallel(device):
     torch.testing.assert_close(gradients_efficient, gradients)
 
 
+DISTRIBUTED = """
+import os, sys
+import torch, torch.distributed as dist
+from test_densenet import images, nn, pair, step
+
+device, store = sys.argv[1:]
+torch.backends.cudnn.allow_tf32 = False
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+plain, efficient = pair(device)
+x = images(device)
+y, gradients = step(plain, x)
+y_wrapped, wrapped = step(nn.parallel.DistributedDataParallel(efficient), x)
+torch.testing.assert_close(y_wrapped, y)
+torch.testing.assert_close({f"module.{name}": g for name, g in gradients.items()}, wrapped)
+print("same", flush=True)
+os._exit(0)  # torch's teardown of gloo can wait for the interpreter's lock for ever
+"""
+
+
 def test_distributed_data_parallel(device, tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        plain, efficient = pair(device)
-        wrapped = nn.parallel.DistributedDataParallel(efficient)
-        x = images(device)
-        y, gradients = step(plain, x)
-        y_wrapped, gradients_wrapped = step(wrapped, x)
-        torch.testing.assert_close(y_wrapped, y)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradients_wrapped[f"module.{name}"], gradient)
-    finally:
-        dist.destroy_process_group()
+    command = [sys.executable, "-c", DISTRIBUTED, device, str(tmp_path / "store")]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "same\n", done.stderr
 
 
 def test_trains(device):

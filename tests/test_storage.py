@@ -123,6 +123,7 @@ def test_consumers_that_keep_a_view(device):
         torch.testing.assert_close(a, b)
 
 
+OVERWRITTEN = "overwritten before its consumer was done"
 MODIFIED = "has been modified by an inplace operation"
 
 
@@ -148,7 +149,9 @@ def test_plain_consumer_of_intact_storage_works(device):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("changed", ["convolution weight", "feature", "batch norm weight", "result"])
+@pytest.mark.parametrize(
+    "changed", ["convolution weight", "feature", "batch norm weight", "result"]
+)
 def test_change_between_forward_and_backward_raises(device, changed):
     x, convs = make_chain(device, layers=1)
     feature = x.clone()
@@ -174,25 +177,23 @@ def test_change_between_forward_and_backward_raises(device, changed):
 def test_result_changed_before_its_consumer_raises(device):
     x, convs = make_chain(device, layers=1)
     y = concat_bn_relu([x], None, None, training=True, storage=SharedStorage())
-    with pytest.raises(RuntimeError, match="overwritten before its consumer was done"):
-        with recompute_in_backward(y):
-            convs[0](y.mul_(2))
+    with pytest.raises(RuntimeError, match=OVERWRITTEN), recompute_in_backward(y):
+        convs[0](y.mul_(2))
 
 
 def test_storage_overwritten_before_its_consumer_is_done_raises(device):
     x, convs = make_chain(device, layers=1)
     storage = SharedStorage()
     y = concat_bn_relu([x], None, None, training=True, storage=storage)
-    with pytest.raises(RuntimeError, match="overwritten before its consumer was done"):
-        with recompute_in_backward(y):
-            concat_bn_relu([x], None, None, training=True, storage=storage)
-            convs[0](y)
+    with pytest.raises(RuntimeError, match=OVERWRITTEN), recompute_in_backward(y):
+        concat_bn_relu([x], None, None, training=True, storage=storage)
+        convs[0](y)
 
 
 def test_context_wants_a_result():
-    with pytest.raises(TypeError, match="y: expected a result of concat_bn_relu"):
-        with recompute_in_backward(torch.ones(2)):
-            pass
+    wrong = pytest.raises(TypeError, match="y: expected a result of concat_bn_relu")
+    with wrong, recompute_in_backward(torch.ones(2)):
+        pass
 
 
 def test_save_on_cpu_sees_what_is_kept(device):
@@ -219,7 +220,8 @@ def test_grows_and_clears(device):
 
 def test_copies_and_pickles_as_empty(device):
     storage = SharedStorage()
-    concat_bn_relu([torch.randn(4, 3, device=device, requires_grad=True)], None, None, training=True, storage=storage)
+    x = torch.randn(4, 3, device=device, requires_grad=True)
+    concat_bn_relu([x], None, None, training=True, storage=storage)
     assert storage.nbytes > 0
     for other in (copy.copy(storage), copy.deepcopy(storage), pickle.loads(pickle.dumps(storage))):
         assert isinstance(other, SharedStorage) and other.nbytes == 0

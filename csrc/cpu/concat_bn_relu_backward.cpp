@@ -38,7 +38,7 @@ void add_row(int64_t n, const T* x, const T* grad_y, int64_t grad_stride, const 
              int64_t first_channel, double* __restrict__ dz_sum,
              double* __restrict__ dz_centred_sum) {
   const acc_t<T>*mean = &bn.mean[first_channel], *scale = &bn.scale[first_channel],
-                *bias = &bn.bias[first_channel];
+        *bias = &bn.bias[first_channel];
   with_strides(1, grad_stride, [&](auto, auto stride) {
     for (int64_t c = 0; c < n; ++c) {
       const auto value = static_cast<acc_t<T>>(x[c]);
@@ -115,8 +115,7 @@ template <typename T>
 struct Correction {
   std::vector<acc_t<T>> offset, slope;
 
-  Correction(const Problem& problem, const Channels<T>& bn, const Sums& sums,
-             bool batch_statistics)
+  Correction(const Problem& problem, const Channels<T>& bn, const Sums& sums, bool batch_statistics)
       : offset(problem.channels, 0), slope(problem.channels, 0) {
     if (!batch_statistics) return;
     const double m = static_cast<double>(problem.rows.count);
@@ -130,8 +129,8 @@ struct Correction {
 };
 
 template <typename T, bool kChannelsInner>
-void grad_features(const Problem& problem, const Channels<T>& bn,
-                   const Correction<T>& correction, const View& grad_y) {
+void grad_features(const Problem& problem, const Channels<T>& bn, const Correction<T>& correction,
+                   const View& grad_y) {
   const RowSpace& rows = problem.rows;
   for_each_stretch<kChannelsInner>(
       problem, [&](const Feature& feature, int64_t row, int64_t channel, int64_t n) {

@@ -4,9 +4,9 @@
 // Method: rows are taken in small groups; the mean of a group and the squares about that mean are
 // formed first and then merged into the channel's moments in double (Chan, Golub and LeVeque 1983),
 // so a mean of many standard deviations costs no accuracy.
-// Tiling: channels-last tensors by chunks of rows (threads share chunks, whose number depends on the
-// shape alone), all others by channel.
-// Bytes: each element is read once. Limit: arithmetic in double for short groups.
+// Tiling: channels-last tensors by chunks of rows (threads share chunks, whose number depends on
+// the shape alone), all others by channel. Bytes: each element is read once. Limit: arithmetic in
+// double for short groups.
 #include "rows.h"
 
 namespace efficient_densenet::cpu {
@@ -103,8 +103,7 @@ template <typename T>
 std::vector<Moments> by_channel(const Problem& problem) {
   std::vector<Moments> moments(problem.channels);
   for_each_channel(problem, [&](const Feature& feature, int64_t channel) {
-    moments[feature.first_channel + channel] =
-        channel_moments<T>(problem.rows, feature.x, channel);
+    moments[feature.first_channel + channel] = channel_moments<T>(problem.rows, feature.x, channel);
   });
   return moments;
 }
@@ -127,7 +126,7 @@ void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
     for (int64_t c = 0; c < problem.channels; ++c) {
       const auto& [count, mean, m2] = moments[c];
       statistics.mean[c] = mean;
-      static_cast<Real*>(statistics.var)[c] = static_cast<Real>(m2 / count);
+      statistics.var[c] = m2 / count;
       update_running<Real>(statistics.running_mean, c, statistics.momentum, mean);
       update_running<Real>(statistics.running_var, c, statistics.momentum, m2 / (count - 1));
     }

@@ -112,9 +112,8 @@ void for_each_stretch(const Problem& problem, const Body& body) {
       while (begin < end) {
         const int64_t channel = begin / rows.count, row = begin % rows.count;
         const int64_t stop = std::min(rows.count, row + end - begin);
-        for_each_run(rows, row, stop, [&](int64_t first, int64_t length) {
-          body(feature, first, channel, length);
-        });
+        for_each_run(rows, row, stop,
+                     [&](int64_t first, int64_t length) { body(feature, first, channel, length); });
         begin += stop - row;
       }
     });
@@ -164,7 +163,7 @@ struct Channels {
     for (int64_t c = 0; c < channels; ++c) {
       mean[c] = static_cast<Acc>(bn.mean[c]);
       rest[c] = static_cast<Acc>(bn.mean[c] - mean[c]);
-      inverse_std[c] = Acc(1) / std::sqrt(read(bn.var, c, 1) + static_cast<Acc>(bn.eps));
+      inverse_std[c] = static_cast<Acc>(1 / std::sqrt(bn.var[c] + bn.eps));
       scale[c] = read(bn.weight, c, 1) * inverse_std[c];
       bias[c] = read(bn.bias, c, 0) - rest[c] * scale[c];
     }

@@ -5,7 +5,7 @@
 // rows of its chunk, kUnroll reads in flight. Neighbouring threads write neighbouring channels of
 // the result also where they read from different features.
 // Bytes: each element is read once and written once, 2 * sizeof(T) per element of the result.
-// Limit: memory bandwidth. No shared memory.
+// Limit: memory bandwidth. Shared memory: the per-channel numbers of a block, 5 KB at most.
 // Why not one launch per feature: k-channel pieces of a channels-last row are narrower than a
 // memory sector, and a launch costs more than the kernel for most features.
 #include "tile.cuh"
@@ -21,14 +21,14 @@ __global__ void __launch_bounds__(kThreads)
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   const T_ tile(list, rows, chunking);
+  Channel<Acc> channels[T_::kChannels];
+  load_per_channel<Channel<Acc>, T_>(list, channels,
+                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
   if (!T_::in_list(list, tile.channel)) return;
 
   const Feature& feature = find_feature(list, tile.channel);
   const Window<T, V> x(feature.x, rows, tile.channel - feature.first_channel);
   const Window<T, V> y(y_view, rows, tile.channel);
-  Channel<Acc> channels[T_::kChannels];
-#pragma unroll
-  for (int k = 0; k < T_::kChannels; ++k) channels[k] = Channel<Acc>::load(bn, tile.channel + k);
 
   tile.for_each_group([&](int64_t row, auto steps) {
     constexpr int kSteps = decltype(steps)::value;

@@ -10,7 +10,7 @@
 // Bytes: x and grad_y are read twice and grad_x written once, 5 * sizeof(T) per element. The sums
 // are needed before the first grad_x, and x and grad_y exceed the caches, so a single pass is not
 // possible.
-// Limit: memory bandwidth. Shared memory: 16 KB at V = 8. Sums: kUnroll values at a time in the
+// Limit: memory bandwidth. Shared memory: 21 KB at V = 8. Sums: kUnroll values at a time in the
 // arithmetic type, fixed order everywhere.
 #include "tile.cuh"
 
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(kThreads)
   const T_ tile(list, rows, chunking);
   const bool active = T_::in_list(list, tile.channel);
   Sums<Acc> sums[kChannels] = {};
+  Channel<Acc> channels[kChannels];
+  load_per_channel<Channel<Acc>, T_>(list, channels,
+                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
   if (active) {
     const Feature& feature = find_feature(list, tile.channel);
     const Window<T, V> x(feature.x, rows, tile.channel - feature.first_channel);
     const Window<T, V> grad_y(grad_y_view, rows, tile.channel);
-    Channel<Acc> channels[kChannels];
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) channels[k] = Channel<Acc>::load(bn, tile.channel + k);
     thread_sums<T, V, kChannelsInner, kChannels>(tile, x, grad_y, channels, sums);
   }
 
@@ -145,17 +145,19 @@ __global__ void merge_sums_kernel(int64_t channels, Chunking chunking, const dou
 // grad_x = scale * dz - offset - (x - rounded mean) * slope; the last two are what the batch
 // statistics send back, 0 for running statistics.
 template <typename Acc>
-struct Correction {
+struct GradChannel : Channel<Acc> {
   Acc offset, slope;
 
-  __device__ static Correction load(const Channel<Acc>& channel, const Gradients& gradients,
-                                    int64_t c, int64_t row_count) {
-    if (!gradients.batch_statistics) return {Acc(0), Acc(0)};
+  __device__ static GradChannel load(const BatchNorm& bn, const Gradients& gradients, int64_t c,
+                                     int64_t row_count) {
+    GradChannel channel{Channel<Acc>::load(bn, c), Acc(0), Acc(0)};
+    if (!gradients.batch_statistics) return channel;
     const Acc per_row = channel.scale / static_cast<Acc>(row_count);
     const Acc grad_weight = static_cast<const Acc*>(gradients.grad_weight)[c];
-    const Acc slope = per_row * channel.inverse_std * grad_weight;
-    const Acc offset = per_row * static_cast<const Acc*>(gradients.grad_bias)[c];
-    return {fma(-channel.rest, slope, offset), slope};
+    channel.slope = per_row * channel.inverse_std * grad_weight;
+    channel.offset = per_row * static_cast<const Acc*>(gradients.grad_bias)[c];
+    channel.offset = fma(-channel.rest, channel.slope, channel.offset);
+    return channel;
   }
 };
 
@@ -168,22 +170,18 @@ __global__ void __launch_bounds__(kThreads)
   using T_ = Tile<V, kChannelsInner>;
   constexpr int kChannels = T_::kChannels;
   const T_ tile(list, rows, chunking);
+  GradChannel<Acc> channels[kChannels];
+  load_per_channel<GradChannel<Acc>, T_>(list, channels, [&](int64_t c) {
+    return GradChannel<Acc>::load(bn, gradients, c, rows.count);
+  });
   if (!T_::in_list(list, tile.channel)) return;
   const Feature& feature = find_feature(list, tile.channel);
   if (feature.grad_x.data == nullptr) return;
 
-  const int64_t channel = tile.channel - feature.first_channel;
-  const Window<T, V> x(feature.x, rows, channel);
-  const Window<T, V> grad_x(feature.grad_x, rows, channel);
+  const int64_t first = tile.channel - feature.first_channel;
+  const Window<T, V> x(feature.x, rows, first);
+  const Window<T, V> grad_x(feature.grad_x, rows, first);
   const Window<T, V> grad_y(gradients.grad_y, rows, tile.channel);
-  Channel<Acc> channels[kChannels];
-  Correction<Acc> corrections[kChannels];
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    channels[k] = Channel<Acc>::load(bn, tile.channel + k);
-    corrections[k] =
-        Correction<Acc>::load(channels[k], gradients, tile.channel + k, rows.count);
-  }
 
   tile.for_each_group([&](int64_t row, auto steps) {
     constexpr int kSteps = decltype(steps)::value;
@@ -197,13 +195,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const Channel<Acc>& bn_c = channels[T_::channel_of(i)];
-        const Correction<Acc>& correction = corrections[T_::channel_of(i)];
+        const GradChannel<Acc>& channel = channels[T_::channel_of(i)];
         const Acc value = widen(x_packs[s].values[i]);
-        const Acc dz = masked<T>(bn_c, value, grad_packs[s].values[i]);
-        const Acc direct = fma(bn_c.scale, dz, -correction.offset);
-        grad_packs[s].values[i] =
-            narrow<T>(fma(-(value - bn_c.mean), correction.slope, direct));
+        const Acc dz = masked<T>(channel, value, grad_packs[s].values[i]);
+        const Acc direct = fma(channel.scale, dz, -channel.offset);
+        grad_packs[s].values[i] = narrow<T>(fma(channel.mean - value, channel.slope, direct));
       }
       *grad_x.at(row + s * tile.row_step) = grad_packs[s];
     }

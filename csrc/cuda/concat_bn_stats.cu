@@ -14,60 +14,53 @@
 namespace efficient_densenet::cuda {
 namespace {
 
-template <typename Real>
+// Moments of k channels over the same number of values.
+template <typename Real, int k>
 struct Moments {
-  Real count, mean, m2;  // m2: sum of squares about the mean
+  Real count = 0, mean[k] = {}, m2[k] = {};  // m2: sum of squares about the mean
 
-  __device__ void merge(Real other_count, Real other_mean, Real other_m2) {
-    const Real total = count + other_count;
+  // Takes in other_count values with these moments; mean and m2 are functions of the channel.
+  template <typename Mean, typename M2>
+  __device__ void merge(Real other_count, const Mean& other_mean, const M2& other_m2) {
     if (other_count == Real(0)) return;
+    const Real total = count + other_count;
     const Real fraction = other_count / total;
-    const Real delta = other_mean - mean;
-    mean += delta * fraction;
-    m2 += other_m2 + delta * delta * (count * fraction);
+    const Real weight = count * fraction;
+#pragma unroll
+    for (int c = 0; c < k; ++c) {
+      const Real delta = other_mean(c) - mean[c];
+      mean[c] = fma(delta, fraction, mean[c]);
+      m2[c] = fma(delta * delta, weight, m2[c] + other_m2(c));
+    }
     count = total;
   }
 };
 
-// The moments of `n` values in registers.
-template <typename Acc, int n>
-__device__ Moments<Acc> moments_of(const Acc (&values)[n]) {
-  Acc sum = 0;
-#pragma unroll
-  for (int i = 0; i < n; ++i) sum += values[i];
-  Moments<Acc> result{Acc(n), sum / Acc(n), Acc(0)};
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const Acc centred = values[i] - result.mean;
-    result.m2 = fma(centred, centred, result.m2);
-  }
-  return result;
-}
-
-// The sum of a thread's rows: moments of each of its channels, relative to shift.
-template <typename T, int V, bool kChannelsInner, int kChannels>
-__device__ void thread_moments(const Tile<V, kChannelsInner>& tile, const Window<T, V>& x,
-                               const acc_t<T> (&shift)[kChannels],
-                               Moments<acc_t<T>> (&moments)[kChannels]) {
+// The moments of all values in the registers of one group of accesses, relative to shift.
+template <typename T, int V, bool kChannelsInner, int kSteps, int kChannels>
+__device__ Moments<acc_t<T>, kChannels> group_moments(const Pack<T, V> (&packs)[kSteps],
+                                                      const acc_t<T> (&shift)[kChannels]) {
   using Acc = acc_t<T>;
-  tile.for_each_group([&](int64_t row, auto steps) {
-    constexpr int kSteps = decltype(steps)::value;
-    constexpr int kValues = kSteps * V / kChannels;  // per channel
-    Pack<T, V> packs[kSteps];
+  constexpr int kValues = kSteps * V / kChannels;  // per channel
+  Moments<Acc, kChannels> group;
+  group.count = kValues;
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) packs[s] = *x.at(row + s * tile.row_step);
+  for (int c = 0; c < kChannels; ++c) {
+    Acc values[kValues], sum = 0;
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      Acc values[kValues];
-#pragma unroll
-      for (int j = 0; j < kValues; ++j) {
-        const Pack<T, V>& pack = packs[kChannelsInner ? j : j / V];
-        values[j] = widen(pack.values[kChannelsInner ? k : j % V]) - shift[k];
-      }
-      const Moments<Acc> group = moments_of<Acc, kValues>(values);
-      moments[k].merge(group.count, group.mean, group.m2);
+    for (int j = 0; j < kValues; ++j) {
+      values[j] = widen(packs[kChannelsInner ? j : j / V].values[kChannelsInner ? c : j % V]);
+      values[j] -= shift[c];
+      sum += values[j];
     }
-  });
+    group.mean[c] = sum * (Acc(1) / Acc(kValues));
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      const Acc centred = values[j] - group.mean[c];
+      group.m2[c] = fma(centred, centred, group.m2[c]);
+    }
+  }
+  return group;
 }
 
 template <typename T, int V, bool kChannelsInner>
@@ -85,37 +78,44 @@ __global__ void __launch_bounds__(kThreads)
   const T_ tile(list, rows, chunking);
   const bool active = T_::in_list(list, tile.channel);
   Acc shift[kChannels];
-  Moments<Acc> moments[kChannels] = {};
+  Moments<Acc, kChannels> moments;
   if (active) {
     const Feature& feature = find_feature(list, tile.channel);
     const int64_t channel = tile.channel - feature.first_channel;
     const Window<T, V> x(feature.x, rows, channel);
+    const T* const first_row = static_cast<const T*>(feature.x.data);
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
-      shift[k] = widen(static_cast<const T*>(feature.x.data)[(channel + k) *
-                                                             feature.x.channel_stride]);
+      shift[k] = widen(first_row[(channel + k) * feature.x.channel_stride]);
     }
-    thread_moments<T, V, kChannelsInner, kChannels>(tile, x, shift, moments);
+    tile.for_each_group([&](int64_t row, auto steps) {
+      constexpr int kSteps = decltype(steps)::value;
+      Pack<T, V> packs[kSteps];
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) packs[s] = *x.at(row + s * tile.row_step);
+      const auto group = group_moments<T, V, kChannelsInner>(packs, shift);
+      moments.merge(
+          group.count, [&](int k) { return group.mean[k]; }, [&](int k) { return group.m2[k]; });
+    });
   }
 
   // 2. The threads of a channel: a tree over threadIdx.y.
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int half = blockDim.y / 2; half > 0; half /= 2) {
     if (threadIdx.y >= half && threadIdx.y < 2 * half) {
-      shared_count[thread] = moments[0].count;
+      shared_count[thread] = moments.count;
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) {
-        shared_mean[k][thread] = moments[k].mean;
-        shared_m2[k][thread] = moments[k].m2;
+        shared_mean[k][thread] = moments.mean[k];
+        shared_m2[k][thread] = moments.m2[k];
       }
     }
     __syncthreads();
     if (threadIdx.y < half) {
       const int other = thread + half * blockDim.x;
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        moments[k].merge(shared_count[other], shared_mean[k][other], shared_m2[k][other]);
-      }
+      moments.merge(
+          shared_count[other], [&](int k) { return shared_mean[k][other]; },
+          [&](int k) { return shared_m2[k][other]; });
     }
     __syncthreads();
   }
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
       const int64_t i = partial_index(chunking, tile.channel + k);
-      partial_mean[i] = static_cast<double>(shift[k]) + moments[k].mean;
-      partial_m2[i] = moments[k].m2;
+      partial_mean[i] = static_cast<double>(shift[k]) + moments.mean[k];
+      partial_m2[i] = moments.m2[k];
     }
   }
 }
@@ -144,25 +144,27 @@ __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunki
                                      Statistics statistics) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
   if (c >= channels) return;
-  Moments<double> moments{};
+  Moments<double, 1> moments;
   for (int chunk = threadIdx.x; chunk < chunking.chunks; chunk += kWarp) {
     const int64_t begin = chunk * chunking.rows_per_chunk;
     const int64_t i = c * chunking.chunks + chunk;
     const int64_t count = min(chunking.rows_per_chunk, row_count - begin);
-    moments.merge(static_cast<double>(count), partial_mean[i], partial_m2[i]);
+    moments.merge(
+        static_cast<double>(count), [&](int) { return partial_mean[i]; },
+        [&](int) { return partial_m2[i]; });
   }
   for (int half = kWarp / 2; half > 0; half /= 2) {
     const double count = __shfl_down_sync(~0u, moments.count, half);
-    const double mean = __shfl_down_sync(~0u, moments.mean, half);
-    const double m2 = __shfl_down_sync(~0u, moments.m2, half);
-    moments.merge(count, mean, m2);
+    const double mean = __shfl_down_sync(~0u, moments.mean[0], half);
+    const double m2 = __shfl_down_sync(~0u, moments.m2[0], half);
+    moments.merge(count, [&](int) { return mean; }, [&](int) { return m2; });
   }
   if (threadIdx.x != 0) return;
-  statistics.mean[c] = moments.mean;
-  static_cast<Acc*>(statistics.var)[c] = static_cast<Acc>(moments.m2 / moments.count);
-  update_running<Acc>(statistics.running_mean, c, statistics.momentum, moments.mean);
-  update_running<Acc>(statistics.running_var, c, statistics.momentum,
-                      moments.m2 / (moments.count - 1));
+  const double mean = moments.mean[0], m2 = moments.m2[0];
+  statistics.mean[c] = mean;
+  statistics.var[c] = m2 / moments.count;
+  update_running<Acc>(statistics.running_mean, c, statistics.momentum, mean);
+  update_running<Acc>(statistics.running_var, c, statistics.momentum, m2 / (moments.count - 1));
 }
 
 }  // namespace
@@ -181,10 +183,8 @@ void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
                                                        partial_mean, partial_m2);
       check(cudaGetLastError(), "concat_bn_stats_kernel");
     });
-    merge_moments_kernel<acc_t<T>>
-        <<<merge_grid(problem), merge_block(), 0, stream>>>(problem.channels, problem.rows.count,
-                                                            plan.chunking, partial_mean,
-                                                            partial_m2, statistics);
+    merge_moments_kernel<acc_t<T>><<<merge_grid(problem), merge_block(), 0, stream>>>(
+        problem.channels, problem.rows.count, plan.chunking, partial_mean, partial_m2, statistics);
     check(cudaGetLastError(), "merge_moments_kernel");
   });
 }

@@ -30,6 +30,7 @@
 namespace efficient_densenet::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kMaxWidth = 32;     // threads of a block side by side, along the channels
 constexpr int kMaxFeatures = 64;  // 7 KB of kernel parameters
 constexpr int kUnroll = 4;        // independent accesses in flight per thread and tensor
 
@@ -87,21 +88,12 @@ __device__ inline int64_t divide(int64_t a, int64_t b) {
   return a / b;
 }
 
-__device__ inline int64_t row_offset(const RowSpace& rows, const View& view, int64_t row) {
-  int64_t offset = 0;
-  for (int d = rows.dims - 1; d > 0; --d) {
-    const int64_t outer = divide(row, rows.sizes[d]);
-    offset += (row - outer * rows.sizes[d]) * view.row_strides[d];
-    row = outer;
-  }
-  return offset + row * view.row_strides[0];
-}
-
 // What one thread owns.
 template <int V, bool kChannelsInner>
 struct Tile {
-  static constexpr int kChannels = kChannelsInner ? V : 1;  // per thread
-  static constexpr int kRows = kChannelsInner ? 1 : V;      // per step
+  static constexpr int kChannels = kChannelsInner ? V : 1;                   // per thread
+  static constexpr int kRows = kChannelsInner ? 1 : V;                       // per step
+  static constexpr int kBlockChannels = kChannelsInner ? kMaxWidth * V : 1;  // at most
 
   int64_t channel;  // first one, in the concatenation
   int64_t row, row_end, row_step;
@@ -148,18 +140,30 @@ __device__ inline const Feature& find_feature(const FeatureList& list, int64_t c
   return list.items[low];
 }
 
-// One thread's window into one tensor.
+// One thread's window into one tensor. The strides are copied to registers: neighbouring threads
+// may look at different features, and constant memory serves one address at a time.
 template <typename T, int V>
 struct Window {
   T* base;
-  const View& view;
   const RowSpace& rows;
+  int64_t strides[kMaxRowDims];
 
   __device__ Window(const View& view, const RowSpace& rows, int64_t channel)
-      : base(static_cast<T*>(view.data) + channel * view.channel_stride), view(view), rows(rows) {}
+      : base(static_cast<T*>(view.data) + channel * view.channel_stride), rows(rows) {
+#pragma unroll
+    for (int d = 0; d < kMaxRowDims; ++d) strides[d] = view.row_strides[d];
+  }
 
   __device__ Pack<T, V>* at(int64_t row) const {
-    return reinterpret_cast<Pack<T, V>*>(base + row_offset(rows, view, row));
+    int64_t offset = 0;
+#pragma unroll
+    for (int d = kMaxRowDims - 1; d > 0; --d) {
+      if (d >= rows.dims) continue;
+      const int64_t outer = divide(row, rows.sizes[d]);
+      offset += (row - outer * rows.sizes[d]) * strides[d];
+      row = outer;
+    }
+    return reinterpret_cast<Pack<T, V>*>(base + offset + row * strides[0]);
   }
 };
 
@@ -170,23 +174,33 @@ struct Channel {
   Acc mean, rest, inverse_std, scale, bias;
 
   __device__ static Channel load(const BatchNorm& bn, int64_t c) {
-    Channel channel;
-    const Acc var = static_cast<const Acc*>(bn.var)[c];
-    channel.inverse_std = Acc(1) / sqrt(var + static_cast<Acc>(bn.eps));
+    const double inverse_std = inverse_sqrt(bn.var[c] + bn.eps);
     const Acc weight = bn.weight == nullptr ? Acc(1) : static_cast<const Acc*>(bn.weight)[c];
-    channel.scale = weight * channel.inverse_std;
+    const Acc bias = bn.bias == nullptr ? Acc(0) : static_cast<const Acc*>(bn.bias)[c];
+    const double scale = weight * inverse_std;
+    Channel channel;
+    channel.inverse_std = static_cast<Acc>(inverse_std);
+    channel.scale = static_cast<Acc>(scale);
     channel.mean = round_mean(bn.mean[c], channel.inverse_std);
-    channel.rest = static_cast<Acc>(bn.mean[c] - channel.mean);
-    channel.bias = bn.bias == nullptr ? Acc(0) : static_cast<const Acc*>(bn.bias)[c];
-    channel.bias = fma(-channel.rest, channel.scale, channel.bias);
+    const double rest = bn.mean[c] - channel.mean;
+    channel.rest = static_cast<Acc>(rest);
+    channel.bias = static_cast<Acc>(bias - rest * scale);
     return channel;
+  }
+
+  // For float: one Newton step in double from the hardware's float. A double square root and
+  // division cost far more where double arithmetic is slow.
+  __device__ static double inverse_sqrt(double x) {
+    if constexpr (std::is_same_v<Acc, double>) return 1 / sqrt(x);
+    const double r = rsqrtf(static_cast<float>(x));
+    return r * (1.5 - 0.5 * x * r * r);
   }
 
   // A multiple of the power of two next to the standard deviation: 0 where the mean is small, and
   // of so few digits elsewhere that x - mean is exact for almost every x.
   __device__ static Acc round_mean(double mean, Acc inverse_std) {
     const double unit = scalbn(1.0, -ilogb(inverse_std));
-    const Acc rounded = static_cast<Acc>(unit * rint(mean / unit));
+    const Acc rounded = static_cast<Acc>(unit * rint(mean * scalbn(1.0, ilogb(inverse_std))));
     return isfinite(rounded) ? rounded : static_cast<Acc>(mean);
   }
 
@@ -195,16 +209,35 @@ struct Channel {
   __device__ Acc normalise(Acc x) const { return fma(x - mean, scale, bias); }
 };
 
+// The numbers of a block's channels, formed once per block and handed to the threads that own them.
+template <typename Number, typename T_, typename Load>
+__device__ void load_per_channel(const FeatureList& list, Number (&numbers)[T_::kChannels],
+                                 const Load& load) {
+  __shared__ Number shared[T_::kBlockChannels];
+  const int count = blockDim.x * T_::kChannels;
+  const int64_t first = list.items[0].first_channel + static_cast<int64_t>(blockIdx.x) * count;
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < count; i += kThreads) {
+    if (T_::in_list(list, first + i)) shared[i] = load(first + i);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < T_::kChannels; ++k) numbers[k] = shared[threadIdx.x * T_::kChannels + k];
+}
+
 // NaN passes, as in torch.relu.
 template <typename Acc>
 __device__ Acc relu(Acc value) {
   return value < Acc(0) ? Acc(0) : value;
 }
 
-// Where torch's ReLU lets the gradient through: decided on the rounded output.
+// Where torch's ReLU lets the gradient through: decided on the output, so a value that a 16-bit
+// type rounds to 0 (half its smallest number, at most) does not count as positive. NaN passes.
 template <typename T>
 __device__ bool relu_is_open(acc_t<T> value) {
-  return !(widen(narrow<T>(value)) <= acc_t<T>(0));
+  constexpr acc_t<T> kRoundsToZero = std::is_same_v<T, __half>          ? 0x1p-25
+                                     : std::is_same_v<T, __nv_bfloat16> ? 0x1p-134
+                                                                        : 0;
+  return !(value <= kRoundsToZero);
 }
 
 // Sums over rows leave a block as one partial result per channel and chunk, [C, chunks], and are
@@ -301,7 +334,7 @@ inline Walk choose_walk(const Problem& problem, const View* other) {
 inline dim3 block_shape(const Problem& problem, const Walk& walk) {
   unsigned width = 1;
   if (walk.channels_inner) {
-    while (width < 32 && width * walk.vector < problem.channels) width *= 2;
+    while (width < kMaxWidth && width * walk.vector < problem.channels) width *= 2;
   }
   return dim3(width, kThreads / width);
 }
@@ -309,7 +342,8 @@ inline dim3 block_shape(const Problem& problem, const Walk& walk) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t channel_blocks(int64_t channels, const Walk& walk, const dim3& block) {
-  return ceil_div(channels, static_cast<int64_t>(block.x) * (walk.channels_inner ? walk.vector : 1));
+  return ceil_div(channels,
+                  static_cast<int64_t>(block.x) * (walk.channels_inner ? walk.vector : 1));
 }
 
 // Chunks such that a call has about `blocks` blocks and no chunk is shorter than a few steps. The
@@ -321,7 +355,8 @@ inline Chunking choose_chunks(const Problem& problem, const Walk& walk, const di
   const int64_t wanted = ceil_div(blocks, channel_blocks(problem.channels, walk, block));
   const int64_t rows =
       std::max(shortest, ceil_div(ceil_div(problem.rows.count, wanted), step) * step);
-  const int64_t fitting = std::max(rows, ceil_div(ceil_div(problem.rows.count, 65535), step) * step);
+  const int64_t fitting =
+      std::max(rows, ceil_div(ceil_div(problem.rows.count, 65535), step) * step);
   return {fitting, static_cast<int>(ceil_div(problem.rows.count, fitting))};
 }
 
