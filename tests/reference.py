@@ -139,8 +139,29 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return difference / scale if scale > 0 else difference
 
 
+def without_kinks(problem: Problem) -> Problem:
+    """No gradient where the ReLU's argument is so near 0 that rounding decides its sign.
+
+    There the gradient is not defined, and one such element outweighs all rounding errors.
+    """
+    if problem.grad_y.dtype == torch.float64:
+        return problem
+    p = problem.to(torch.float64)
+    z = F.batch_norm(
+        torch.cat(p.features, 1),
+        None if p.training else p.running_mean,
+        None if p.training else p.running_var,
+        p.weight,
+        p.bias,
+        training=p.training,
+        eps=p.eps,
+    )
+    return dataclasses.replace(problem, grad_y=problem.grad_y.masked_fill(z.abs() < 1e-3, 0))
+
+
 def errors(operator, problem: Problem, **kwargs) -> dict[str, tuple[float, float]]:
     """Per tensor: our error and plain torch's, against float64 from the same rounded inputs."""
+    problem = without_kinks(problem)
     exact = run(plain_concat_bn_relu, problem.to(torch.float64))
     torchs = run(plain_concat_bn_relu, problem)
     ours = run(operator, problem, **kwargs)

@@ -58,6 +58,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(program: list[str], arguments: str, save: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Without a network, torch's launcher waits many times for the name of this machine.
+    environment |= {"RES_OPTIONS": "timeout:1 attempts:1", "GLOO_SOCKET_IFNAME": "lo"}
     if program is not SCRIPT:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.Popen(

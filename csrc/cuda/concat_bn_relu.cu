@@ -47,11 +47,13 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+constexpr int kWidest = 8;  // elements per access
+
 }  // namespace
 
 void concat_bn_relu(const Problem& problem, const BatchNorm& bn, const View& y) {
-  const Plan plan(problem, &y, Plan::kElementwiseBlocks);
-  dispatch(problem, plan.walk, [&](auto element, auto walk) {
+  const Plan plan(problem, &y, Plan::kElementwiseBlocks, kWidest);
+  dispatch<kWidest>(problem, plan.walk, [&](auto element, auto walk) {
     using T = decltype(element);
     using W = decltype(walk);
     for_each_list(problem, [&](const FeatureList& list) {

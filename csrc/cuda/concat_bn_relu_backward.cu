@@ -10,8 +10,8 @@
 // Bytes: x and grad_y are read twice and grad_x written once, 5 * sizeof(T) per element. The sums
 // are needed before the first grad_x, and x and grad_y exceed the caches, so a single pass is not
 // possible.
-// Limit: memory bandwidth. Shared memory: 21 KB at V = 8. Sums: kUnroll values at a time in the
-// arithmetic type, fixed order everywhere.
+// Limit: memory bandwidth. Shared memory: 19 KB at V = 4. Sums: a thread's in the arithmetic type,
+// all others in double; fixed order everywhere.
 #include "tile.cuh"
 
 namespace efficient_densenet::cuda {
@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kThreads)
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   constexpr int kChannels = T_::kChannels;
-  __shared__ Acc shared_dz[kChannels][kThreads], shared_dz_centred[kChannels][kThreads];
+  __shared__ double shared_dz[kChannels][kThreads], shared_dz_centred[kChannels][kThreads];
 
   // 1. Each thread: its own rows.
   const T_ tile(list, rows, chunking);
   const bool active = T_::in_list(list, tile.channel);
-  Sums<Acc> sums[kChannels] = {};
+  Sums<double> sums[kChannels] = {};
   Channel<Acc> channels[kChannels];
   load_per_channel<Channel<Acc>, T_>(list, channels,
                                      [&](int64_t c) { return Channel<Acc>::load(bn, c); });
@@ -86,7 +86,10 @@ __global__ void __launch_bounds__(kThreads)
     const Feature& feature = find_feature(list, tile.channel);
     const Window<T, V> x(feature.x, rows, tile.channel - feature.first_channel);
     const Window<T, V> grad_y(grad_y_view, rows, tile.channel);
-    thread_sums<T, V, kChannelsInner, kChannels>(tile, x, grad_y, channels, sums);
+    Sums<Acc> own[kChannels] = {};
+    thread_sums<T, V, kChannelsInner, kChannels>(tile, x, grad_y, channels, own);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) sums[k].add(own[k].dz, own[k].dz_centred);
   }
 
   // 2. The threads of a channel: a tree over threadIdx.y.
@@ -137,9 +140,10 @@ __global__ void merge_sums_kernel(int64_t channels, Chunking chunking, const dou
   }
   if (threadIdx.x != 0) return;
   static_cast<Acc*>(gradients.grad_bias)[c] = static_cast<Acc>(sums.dz);
-  const auto channel = Channel<Acc>::load(bn, c);
+  const double inverse_std = Channel<Acc>::inverse_sqrt(bn.var[c] + bn.eps);
+  const double rest = Channel<Acc>::load(bn, c).rest;
   static_cast<Acc*>(gradients.grad_weight)[c] =
-      static_cast<Acc>((sums.dz_centred - channel.rest * sums.dz) * channel.inverse_std);
+      static_cast<Acc>((sums.dz_centred - rest * sums.dz) * inverse_std);
 }
 
 // grad_x = scale * dz - offset - (x - rounded mean) * slope; the last two are what the batch
@@ -206,16 +210,20 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+// Elements per access: with 8, the numbers of 8 channels leave registers for one block per
+// multiprocessor only (measured at 35 % of copy bandwidth).
+constexpr int kWidest = 4;
+
 }  // namespace
 
 void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
                              const Gradients& gradients) {
-  const Plan sums_plan(problem, &gradients.grad_y, Plan::kReductionBlocks);
-  const Plan grad_plan(problem, &gradients.grad_y, Plan::kElementwiseBlocks);
+  const Plan sums_plan(problem, &gradients.grad_y, Plan::kReductionBlocks, kWidest);
+  const Plan grad_plan(problem, &gradients.grad_y, Plan::kElementwiseBlocks, kWidest);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   double* const partial_dz = sums_plan.workspace(problem);
   double* const partial_dz_centred = partial_dz + problem.channels * sums_plan.chunking.chunks;
-  dispatch(problem, sums_plan.walk, [&](auto element, auto walk) {
+  dispatch<kWidest>(problem, sums_plan.walk, [&](auto element, auto walk) {
     using T = decltype(element);
     using W = decltype(walk);
     for_each_list(problem, [&](const FeatureList& list) {

@@ -167,14 +167,16 @@ __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunki
   update_running<Acc>(statistics.running_var, c, statistics.momentum, m2 / (moments.count - 1));
 }
 
+constexpr int kWidest = 8;  // elements per access
+
 }  // namespace
 
 void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
-  const Plan plan(problem, nullptr, Plan::kReductionBlocks);
+  const Plan plan(problem, nullptr, Plan::kReductionBlocks, kWidest);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   double* const partial_mean = plan.workspace(problem);
   double* const partial_m2 = partial_mean + problem.channels * plan.chunking.chunks;
-  dispatch(problem, plan.walk, [&](auto element, auto walk) {
+  dispatch<kWidest>(problem, plan.walk, [&](auto element, auto walk) {
     using T = decltype(element);
     using W = decltype(walk);
     for_each_list(problem, [&](const FeatureList& list) {

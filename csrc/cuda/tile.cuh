@@ -315,14 +315,15 @@ inline bool rows_fit(const Problem& problem, const View* other, int vector) {
   });
 }
 
-inline Walk choose_walk(const Problem& problem, const View* other) {
+// Accesses of at most `widest` elements and 16 bytes.
+inline Walk choose_walk(const Problem& problem, const View* other, int widest) {
   const int size = element_size(problem.element);
   const auto aligned = [&](int vector) {
     return all_views(problem, other, [&](const View& view) {
       return reinterpret_cast<uintptr_t>(view.data) % (vector * size) == 0;
     });
   };
-  for (int vector = 16 / size; vector > 1; vector = vector == 8 ? 4 : 1) {
+  for (int vector = std::min(16 / size, widest); vector > 1; vector = vector == 8 ? 4 : 1) {
     if (!aligned(vector)) continue;
     if (channels_fit(problem, other, vector)) return {true, vector};
     if (rows_fit(problem, other, vector)) return {false, vector};
@@ -371,8 +372,8 @@ struct Plan {
   static constexpr int64_t kElementwiseBlocks = 4096;
   static constexpr int64_t kReductionBlocks = 528;
 
-  Plan(const Problem& problem, const View* other, int64_t blocks)
-      : walk(choose_walk(problem, other)),
+  Plan(const Problem& problem, const View* other, int64_t blocks, int widest)
+      : walk(choose_walk(problem, other, widest)),
         block(block_shape(problem, walk)),
         chunking(choose_chunks(problem, walk, block, blocks)) {}
 
@@ -416,12 +417,11 @@ struct WalkTag {
 };
 
 // Calls body with T, V and the direction as types: the few combinations that kernels exist for.
-template <typename Body>
+template <int kWidest, typename Body>
 void dispatch(const Problem& problem, const Walk& walk, const Body& body) {
   dispatch_element(problem.element, [&](auto element) {
-    using T = decltype(element);
-    constexpr int kWidest = 16 / sizeof(T);
-    const auto directed = [&](auto vector) {
+    constexpr int kFits = std::min<int>(16 / sizeof(element), kWidest);
+    const auto with_vector = [&](auto vector) {
       constexpr int V = decltype(vector)::value;
       if (walk.channels_inner) {
         body(element, WalkTag<V, true>{});
@@ -429,11 +429,11 @@ void dispatch(const Problem& problem, const Walk& walk, const Body& body) {
         body(element, WalkTag<V, false>{});
       }
     };
-    if (walk.vector == kWidest) return directed(std::integral_constant<int, kWidest>{});
-    if constexpr (kWidest == 8) {
-      if (walk.vector == 4) return directed(std::integral_constant<int, 4>{});
+    if constexpr (kFits == 8) {
+      if (walk.vector == 4) return with_vector(std::integral_constant<int, 4>{});
     }
-    directed(std::integral_constant<int, 1>{});
+    if (walk.vector == kFits) return with_vector(std::integral_constant<int, kFits>{});
+    with_vector(std::integral_constant<int, 1>{});
   });
 }
 
