@@ -84,13 +84,13 @@ def concat_bn_relu(
         return _forward(settings._replace(storage=None), *inputs).y
     if any(tensor is not None and tensor.requires_grad for tensor in (weight, bias, *features)):
         y = _ConcatBNReLU.apply(settings, None, *inputs)
-        y._gradient_edge = get_gradient_edge(y)
+        y._origin = _Origin(get_gradient_edge(y), y._version)
         return y
     # Nothing here wants a gradient, but the consumer's weight may, and then the result has to be
     # recomputed: an input that does want one makes autograd keep what that takes.
     anchored = _ConcatBNReLU.apply(settings, torch.empty(0, requires_grad=True), *inputs)
     y = anchored.detach()
-    y._gradient_edge = get_gradient_edge(anchored)
+    y._origin = _Origin(get_gradient_edge(anchored), y._version)
     return y
 
 
@@ -103,40 +103,52 @@ def recompute_in_backward(y: Tensor) -> Iterator[None]:
 
     Raises:
         TypeError: ``y`` is not a result of :func:`concat_bn_relu`.
-        RuntimeError: ``y`` was overwritten before the context was left, so what was computed
-            from it is wrong (two threads with one storage, device and stream).
+        RuntimeError: ``y`` was overwritten before the context was entered or left, so what was
+            computed from it is wrong (say, two threads with one storage, device and stream).
     """
     if not torch.is_grad_enabled():
         yield
         return
-    edge = getattr(y, "_gradient_edge", None)
-    if edge is None:
+    origin = getattr(y, "_origin", None)
+    if origin is None:
         raise TypeError("y: expected a result of concat_bn_relu that was computed in gradient mode")
-    version = y._version
+    _check_not_overwritten(y)
+    memory, start = y.untyped_storage()._cdata, y.storage_offset()
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def pack(tensor: Tensor) -> Any:
-        on_same_memory = tensor.untyped_storage()._cdata == y.untyped_storage()._cdata
-        if on_same_memory and tensor._version == version:
-            offset = tensor.storage_offset() - y.storage_offset()
-            return _Recomputed(edge, tensor.size(), tensor.stride(), offset)
+        is_result = tensor.untyped_storage()._cdata == memory and tensor._version == origin.version
+        if is_result:
+            offset = tensor.storage_offset() - start
+            return _Recomputed(origin.edge, tensor.size(), tensor.stride(), offset)
         if outer is not None:
             return _PackedOutside(outer[1], outer[0](tensor))
         return _Kept(tensor.detach(), tensor._version)
 
     with saved_tensors_hooks(pack, lambda packed: packed.unpack()):
         yield
-    if y._version != version:
+    _check_not_overwritten(y)
+
+
+def _check_not_overwritten(y: Tensor) -> None:
+    if y._version != y._origin.version:
         raise RuntimeError(
             "y: overwritten before its consumer was done. One SharedStorage serves one thread per "
             "device and stream; give each thread its own, or its own copy of the model"
         )
 
 
+class _Origin(NamedTuple):
+    """Where a result comes from, as an attribute of the result."""
+
+    edge: GradientEdge  # not the bare node, which would not keep its saved tensors alive
+    version: int  # of the memory, once the result was written
+
+
 class _Recomputed(NamedTuple):
     """In place of a saved result: whose inputs to recompute it from, and which part was saved."""
 
-    edge: GradientEdge  # not the bare node, which would not keep its saved tensors alive
+    edge: GradientEdge
     sizes: torch.Size
     strides: tuple[int, ...]
     offset: int

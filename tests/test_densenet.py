@@ -116,6 +116,19 @@ def test_initialisation():
     assert not plain.classifier.bias.any()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_is_the_network_of_torchvision(device, training):
+    """An independent implementation; only the last norm has another name there."""
+    models = pytest.importorskip("torchvision.models")
+    settings = dict(growth_rate=4, block_config=(3, 2, 2), num_init_features=8, num_classes=5)
+    theirs = models.DenseNet(**settings).to(device, torch.float64)
+    ours = DenseNet(**settings, small_inputs=False, efficient=True).to(device, torch.float64)
+    state = {name.replace("norm5", "norm_final"): x for name, x in theirs.state_dict().items()}
+    ours.load_state_dict(state)
+    x = images(device, size=64)
+    torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+
+
 @pytest.mark.parametrize("drop_rate", [0, 0.3])
 @pytest.mark.parametrize("small_inputs", [True, False])
 @pytest.mark.parametrize(

@@ -181,12 +181,19 @@ def test_result_changed_before_its_consumer_raises(device):
         convs[0](y.mul_(2))
 
 
-def test_storage_overwritten_before_its_consumer_is_done_raises(device):
+@pytest.mark.parametrize("when", ["before the context", "in the context"])
+def test_storage_overwritten_before_its_consumer_is_done_raises(device, when):
     x, convs = make_chain(device, layers=1)
     storage = SharedStorage()
+
+    def overwrite(now):
+        if now == when:
+            concat_bn_relu([x], None, None, training=True, storage=storage)
+
     y = concat_bn_relu([x], None, None, training=True, storage=storage)
+    overwrite("before the context")
     with pytest.raises(RuntimeError, match=OVERWRITTEN), recompute_in_backward(y):
-        concat_bn_relu([x], None, None, training=True, storage=storage)
+        overwrite("in the context")
         convs[0](y)
 
 
