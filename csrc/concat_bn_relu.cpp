@@ -212,7 +212,7 @@ void concat_bn_relu(const Tensors& features, const Tensor& mean, const Tensor& v
                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                     double eps, const Tensor& y) {
   Call call("efficient_densenet::concat_bn_relu", features);
-  View y_view;
+  View y_view{};
   call.geometry.add("y", y, &y_view);
   call.merge_rows();
   EFFICIENT_DENSENET_CHECK(y.size(1) == call.problem.channels, call.op, "y: expected ",
