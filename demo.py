@@ -10,7 +10,9 @@ A table, a plot and two checkpoints, the best and the last, come into the folder
 from __future__ import annotations
 
 import argparse
+import atexit
 import csv
+import gc
 import importlib.util
 import os
 import pickle
@@ -540,7 +542,20 @@ def train_and_test(options: Namespace) -> None:
     run.train()
     run.test()
     if dist.is_initialized():
+        # DistributedDataParallel goes first: a group that ends in its destructor waits for threads
+        # which may wait for the interpreter's lock.
+        del run
+        gc.collect()
         dist.destroy_process_group()
+        # All is done and written, and what is left of torch's threads can abort the interpreter on
+        # its way out ("terminate called without an active exception").
+        atexit.register(end_at_once)
+
+
+def end_at_once() -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def work_until_stopped(options: Namespace) -> None:
