@@ -67,6 +67,15 @@ def _fused_bn_relu(
     return y
 
 
+@torch.compiler.disable  # saved-tensor hooks and shared memory are not for a compiler to trace
+def _fused_bn_relu_conv(
+    norm: nn.BatchNorm2d, conv: nn.Module, features: Sequence[Tensor], storage: SharedStorage
+) -> Tensor:
+    y = _fused_bn_relu(norm, features, storage)
+    with recompute_in_backward(y):
+        return conv(y)
+
+
 class _DenseLayer(nn.Module):
     """``[features] -> growth_rate`` new channels: BN-ReLU-conv1x1-BN-ReLU-conv3x3."""
 
@@ -104,11 +113,9 @@ class _DenseLayer(nn.Module):
         features: Sequence[Tensor],
         storage: SharedStorage,
     ) -> Tensor:
-        if not (self.efficient and _can_fuse(norm, relu)):
-            return conv(relu(norm(torch.cat(features, 1) if len(features) > 1 else features[0])))
-        y = _fused_bn_relu(norm, features, storage)
-        with recompute_in_backward(y):
-            return conv(y)
+        if self.efficient and _can_fuse(norm, relu):
+            return _fused_bn_relu_conv(norm, conv, features, storage)
+        return conv(relu(norm(torch.cat(features, 1) if len(features) > 1 else features[0])))
 
 
 class _DenseBlock(nn.Module):

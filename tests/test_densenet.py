@@ -244,6 +244,19 @@ def test_peak_memory():
     assert peak(True) < peak(False) / 3
 
 
+def test_compiled(device):
+    """torch.compile runs the operator as it is and compiles what is around it."""
+    plain, efficient = pair(device, block_config=(2, 2))
+    compiled = torch.compile(efficient, backend="aot_eager")
+    for i in range(2):
+        x = images(device, size=16)
+        y, gradients = step(plain, x, seed=i)
+        y_compiled, gradients_compiled = step(compiled, x, seed=i)
+        torch.testing.assert_close(y_compiled, y)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradients_compiled[f"_orig_mod.{name}"], gradient)
+
+
 def test_save_on_cpu(device):
     plain, efficient = pair(device)
     x = images(device)
