@@ -52,7 +52,7 @@ def concat_bn_relu(
     A consumer outside of it keeps ``y`` itself, as any operator does, and raises autograd's
     ``RuntimeError`` in its backward if the storage was overwritten.
 
-    A function with these lines that :func:`torch.compile` may meet needs ``torch.compiler.disable``.
+    A function with these lines needs ``torch.compiler.disable`` where it may be compiled.
 
     Running statistics are updated once per call with ``training=True``, never by a recomputation.
     Without gradient mode nothing is kept, and the result gets memory of its own.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .storage import SharedStorage
@@ -22,7 +23,8 @@ from .storage import SharedStorage
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
+        _has_any_global_hook()
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

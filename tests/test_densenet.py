@@ -371,6 +371,20 @@ def test_hooks_are_called(device, name):
     assert len(calls) == 2 and calls[0] == calls[1]
 
 
+def test_global_hooks_are_called(device):
+    calls = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: calls.append(type(module))
+    )
+    try:
+        for model in pair(device):
+            model(images(device))
+    finally:
+        hook.remove()
+    half = len(calls) // 2
+    assert nn.BatchNorm2d in calls and calls[:half] == calls[half:]
+
+
 def test_copies(device):
     _, efficient = pair(device)
     step(efficient, images(device))
