@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -43,14 +44,12 @@ class SharedStorage:
             sizes, strides: of the result, in elements; dense.
             like: any tensor of the dtype and device wanted.
         """
-        elements = 1
-        for size in sizes:
-            elements *= size
         if not _may_be_shared(like):
             return torch.empty_strided(sizes, strides, dtype=like.dtype, device=like.device)
-        buffer = self._buffer(elements * like.element_size(), like.device)
+        nbytes = math.prod(sizes) * like.element_size()
+        buffer = self._buffer(nbytes, like.device)
         with torch.no_grad():
-            result = buffer[: elements * like.element_size()].view(like.dtype)
+            result = buffer[:nbytes].view(like.dtype)
             # detach: shares the version counter, but is no view that autograd would track.
             return result.as_strided(sizes, strides).detach()
 

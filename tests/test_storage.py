@@ -14,7 +14,7 @@ from efficient_densenet import SharedStorage, concat_bn_relu, recompute_in_backw
 from reference import make_problem, plain_concat_bn_relu, requires_cuda, run
 
 
-def chain(features, convs, storage, norms=None):
+def chain(features, convs, storage):
     """A small dense block: each convolution reads all features and adds one."""
     features = list(features)
     for conv in convs:
