@@ -84,15 +84,13 @@ def concat_bn_relu(
     if not torch.is_grad_enabled():
         # Nothing needs the storage, and threads may share a module that only predicts.
         return _forward(settings._replace(storage=None), *inputs).y
-    if any(tensor is not None and tensor.requires_grad for tensor in (weight, bias, *features)):
-        y = _ConcatBNReLU.apply(settings, None, *inputs)
-        y._origin = _Origin(get_gradient_edge(y), y._version)
-        return y
-    # Nothing here wants a gradient, but the consumer's weight may, and then the result has to be
+    differentiable = any(x is not None and x.requires_grad for x in (weight, bias, *features))
+    # Where nothing here wants a gradient, the consumer's weight may, and then the result has to be
     # recomputed: an input that does want one makes autograd keep what that takes.
-    anchored = _ConcatBNReLU.apply(settings, torch.empty(0, requires_grad=True), *inputs)
-    y = anchored.detach()
-    y._origin = _Origin(get_gradient_edge(anchored), y._version)
+    anchor = None if differentiable else torch.empty(0, requires_grad=True)
+    result = _ConcatBNReLU.apply(settings, anchor, *inputs)
+    y = result if differentiable else result.detach()
+    y._origin = _Origin(get_gradient_edge(result), y._version)
     return y
 
 

@@ -61,24 +61,21 @@ class SharedStorage:
     @property
     def nbytes(self) -> int:
         """Bytes held now: on all CUDA devices and, on the CPU, by the calling thread."""
-        cpu_buffer = getattr(self._cpu, "buffer", None)
-        buffers = [*self._cuda_buffers.values(), *([] if cpu_buffer is None else [cpu_buffer])]
+        buffers = [*self._cuda_buffers.values(), *vars(self._cpu).values()]
         return sum(buffer.numel() for buffer in buffers)
 
     def _buffer(self, nbytes: int, device: torch.device) -> Tensor:
         if device.type == "cpu":
-            buffer = getattr(self._cpu, "buffer", None)
-            if buffer is None or buffer.numel() < nbytes:
-                self._cpu.buffer = buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-            return buffer
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
-        buffer = self._cuda_buffers.get(key)
+            buffers, key = vars(self._cpu), "buffer"  # of the calling thread
+        else:
+            stream = torch.cuda.current_stream(device).cuda_stream
+            buffers, key = self._cuda_buffers, (device, stream)
+        buffer = buffers.get(key)
         if buffer is None or buffer.numel() < nbytes:
             # The old buffer first: where nothing else holds it, its memory can serve the new one.
-            self._cuda_buffers.pop(key, None)
+            buffers.pop(key, None)
             del buffer
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-            self._cuda_buffers[key] = buffer
+            buffers[key] = buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return buffer
 
     def __deepcopy__(self, memo: dict) -> SharedStorage:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+from reference import DEVICES
 
 
 @pytest.fixture(params=DEVICES)

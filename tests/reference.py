@@ -14,6 +14,7 @@ from torch import Tensor
 from efficient_densenet import concat_bn_relu
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 FORMATS = ["contiguous", "channels_last", "strided", "mixed"]
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from efficient_densenet import SharedStorage, concat_bn_relu, recompute_in_backward
 from reference import (
+    DEVICES,
     DTYPES,
     FORMATS,
     assert_error_ratio,
@@ -54,7 +55,7 @@ def test_16_bit_features_with_float32_parameters(device, dtype, affine):
     training=st.booleans(),
     affine=st.booleans(),
 )
-@pytest.mark.parametrize("device_name", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("device_name", DEVICES)
 def test_random_shapes(
     device_name, channels, batch, spatial, memory_format, dtype, training, affine
 ):

@@ -270,7 +270,8 @@ def test_threads(device):
     expected = [gradients(x, convs, None) for x, convs in chains]
     found = [[] for _ in chains]
     streams = [torch.cuda.Stream() if device == "cuda" else None for _ in chains]
-    torch.cuda.synchronize() if device == "cuda" else None
+    if device == "cuda":
+        torch.cuda.synchronize()
 
     def work(i):
         with torch.cuda.stream(streams[i]):
@@ -282,7 +283,8 @@ def test_threads(device):
         thread.start()
     for thread in threads:
         thread.join()
-    torch.cuda.synchronize() if device == "cuda" else None
+    if device == "cuda":
+        torch.cuda.synchronize()
     for results, exact in zip(found, expected, strict=True):
         assert len(results) == 5
         for result in results:
