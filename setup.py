@@ -20,8 +20,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX"
 # No contraction to FMA: the backward pass finds the ReLU mask by rounding exactly as the forward.
-# Nobody reads floating-point exception flags, and keeping them stops vectorisation.
-CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
+CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
 # What a toolkit needs, and where below its home (conda and Debian have folders of their own).
 TOOLKIT_FILES = {

@@ -7,13 +7,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from efficient_densenet import DenseNet
-from efficient_densenet.densenet import _DenseLayer
 
 
 class _CheckpointedConv(nn.Module):
     """`conv(relu(norm(cat(features))))`, all of it recomputed in the backward pass."""
 
-    def __init__(self, layer: _DenseLayer) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.norm, self.relu, self.conv = layer.norm1, layer.relu1, layer.conv1
 

@@ -64,15 +64,13 @@ struct BatchNorm {
 };
 
 struct Statistics {
-  double* mean;        // [C], out
-  double* var;         // [C], out: biased variance
-  void* running_mean;  // [C] or null, float or double, updated in place
-  void* running_var;   // [C] or null, likewise, with the unbiased variance
-  double momentum;
+  double* mean;      // [C], out
+  double* var;       // [C], out: biased variance
+  const View* copy;  // null, or where all channels are copied to as they are read
 };
 
 struct Gradients {
-  View grad_y;
+  View grad_y;            // may be the memory of the gradient of the features
   void* grad_weight;      // [C], out
   void* grad_bias;        // [C], out
   bool batch_statistics;  // mean and var depend on the features

@@ -2,7 +2,7 @@
 #ifndef EFFICIENT_DENSENET_CUDA
 
 #include "checks.h"
-#include "concat_bn_relu.h"
+#include "dense_block.h"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -20,6 +20,18 @@ void* current_stream(int) { fail_without_cuda(); }
 void concat_bn_stats(const Problem&, const Statistics&) { fail_without_cuda(); }
 void concat_bn_relu(const Problem&, const BatchNorm&, const View&) { fail_without_cuda(); }
 void concat_bn_relu_backward(const Problem&, const BatchNorm&, const Gradients&) {
+  fail_without_cuda();
+}
+void dense_block_accumulate(const Problem&, const BatchNorm&, const Reader&) {
+  fail_without_cuda();
+}
+void dense_block_finalise(const Problem&, const View&, const double*, const Correction&) {
+  fail_without_cuda();
+}
+void dense_block_pool(const Problem&, const BatchNorm&, const Pooling&, const View&) {
+  fail_without_cuda();
+}
+void update_running_statistics(const std::vector<RunningStatistics>&, int64_t, void*) {
   fail_without_cuda();
 }
 

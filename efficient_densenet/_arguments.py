@@ -1,14 +1,20 @@
-"""What :func:`efficient_densenet.concat_bn_relu` accepts: one place, one style of message."""
+"""What the operators accept: one place, one style of message."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .batch_norm import BatchNorm
 from .storage import SharedStorage
+
+if TYPE_CHECKING:
+    from .dense_block import DenseLayer
+
+RECOMPUTE = ("bottleneck", "features")
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,7 +40,7 @@ def check_arguments(
             _check_per_channel(name, tensor, channels, dtype, features[0].device)
     _check_numbers(training, momentum, eps)
     if training:
-        _check_more_than_one_value(features[0], channels)
+        check_more_than_one_value(features[0], channels)
     else:
         for name in ("running_mean", "running_var"):
             if per_channel[name] is None:
@@ -80,16 +86,13 @@ def _without_channels(feature: Tensor) -> tuple[int, ...]:
 
 
 def _check_dtypes(features: Sequence[Tensor]) -> torch.dtype:
-    kind = features[0].device.type
-    dtypes = [feature.dtype for feature in features]
-    for i, dtype in enumerate(dtypes):
-        if dtype not in _DTYPES:
+    for i, feature in enumerate(features):
+        if feature.dtype not in _DTYPES:
             raise TypeError(
-                f"features[{i}]: expected float64, float32, float16 or bfloat16, got {dtype}"
+                f"features[{i}]: expected float64, float32, float16 or bfloat16, "
+                f"got {feature.dtype}"
             )
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        autocast = torch.get_autocast_dtype(kind)  # like torch, it leaves float64 alone
-        dtypes = [dtype if dtype == torch.float64 else autocast for dtype in dtypes]
+    dtypes = [_autocast_dtype(feature) or feature.dtype for feature in features]
     for i, dtype in enumerate(dtypes):
         if dtype != dtypes[0]:
             raise TypeError(f"features[{i}]: expected {dtypes[0]} of features[0], got {dtype}")
@@ -124,12 +127,109 @@ def _check_numbers(training: bool, momentum: float, eps: float) -> None:
         raise ValueError(f"eps: expected a number > 0, got {eps}")
 
 
-def _check_more_than_one_value(first: Tensor, channels: int) -> None:
+def check_more_than_one_value(first: Tensor, channels: int) -> None:
     size = torch.Size([first.size(0), channels, *first.shape[2:]])
     if first.size(0) * first.shape[2:].numel() == 1:  # the wording of F.batch_norm
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {size}"
         )
+
+
+def check_block_arguments(
+    x: Tensor,
+    layers: Sequence[DenseLayer],
+    drop_rate: float,
+    recompute: str,
+    reader: BatchNorm | None,
+) -> torch.dtype:
+    """The dtype of the features of a dense block, or an error that names the wrong argument."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {_type(x)}")
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(
+            "x: expected [N, C, *spatial] with 1 to 3 spatial dimensions, got shape "
+            f"{list(x.shape)}"
+        )
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"x: expected a CPU or CUDA tensor, got one on {x.device}")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute: expected one of {RECOMPUTE}, got {recompute!r}")
+    if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)):
+        raise TypeError(f"drop_rate: expected a number, got {_type(drop_rate)}")
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(f"layers: expected a list or tuple of DenseLayer, got {_type(layers)}")
+    if not layers:
+        raise ValueError("layers: expected at least one, got none")
+    for i, layer in enumerate(layers):
+        if not hasattr(layer, "conv2"):
+            raise TypeError(f"layers[{i}]: expected a DenseLayer, got {_type(layer)}")
+    dtype = _block_dtype(x)
+    channels = x.size(1)
+    first = layers[0].conv2
+    for i, layer in enumerate(layers):
+        name = f"layers[{i}]"
+        _check_convolutions(name, layer, channels, first, x, dtype)
+        _check_norm(f"{name}.norm1", layer.norm1, channels, x, dtype)
+        _check_norm(f"{name}.norm2", layer.norm2, first.size(1), x, dtype)
+        channels += first.size(0)
+    if reader is not None:
+        _check_norm("reader", reader, channels, x, dtype)
+    return dtype
+
+
+def _block_dtype(x: Tensor) -> torch.dtype:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x: expected float64, float32, float16 or bfloat16, got {x.dtype}")
+    return _autocast_dtype(x) or x.dtype
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What x is cast to where autocast is on; like torch, it leaves float64 alone."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _check_convolutions(
+    name: str, layer: DenseLayer, channels: int, first: Tensor, x: Tensor, dtype: torch.dtype
+) -> None:
+    bottleneck, ones = first.size(1), (1,) * (x.dim() - 2)
+    _check_weight(f"{name}.conv1", layer.conv1, (bottleneck, channels, *ones), x, dtype)
+    kernel = tuple(layer.conv2.shape[2:])
+    _check_weight(f"{name}.conv2", layer.conv2, tuple(first.shape), x, dtype)
+    if len(kernel) != x.dim() - 2 or any(size % 2 == 0 for size in kernel):
+        raise ValueError(
+            f"{name}.conv2: expected [k, B, *kernel] with {x.dim() - 2} odd kernel sizes, got "
+            f"shape {list(layer.conv2.shape)}"
+        )
+
+
+def _check_weight(
+    name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
+) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_type(weight)}")
+    if weight.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got shape {list(weight.shape)}")
+    # Autocast casts weights as well.
+    if weight.dtype != dtype and (_autocast_dtype(x) is None or weight.dtype == torch.float64):
+        raise TypeError(f"{name}: expected {dtype} for {dtype} features, got {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} of x, got {weight.device}")
+
+
+def _check_norm(name: str, norm: BatchNorm, channels: int, x: Tensor, dtype: torch.dtype) -> None:
+    for field in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(norm, field)
+        if tensor is not None:
+            _check_per_channel(f"{name}.{field}", tensor, channels, dtype, x.device)
+        elif field.startswith("running") and not norm.training:
+            raise ValueError(f"{name}.{field}: expected a tensor when training=False, got None")
+    if not norm.eps > 0:
+        raise ValueError(f"{name}.eps: expected a number > 0, got {norm.eps}")
 
 
 def _type(value: object) -> str:

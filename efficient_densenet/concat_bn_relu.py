@@ -22,6 +22,8 @@ from torch.autograd.graph import (
 
 from . import _extension  # noqa: F401  registers the operators
 from ._arguments import check_arguments
+from .batch_norm import BatchNorm, RunningStatistics
+from .layout import dense_strides, is_channels_last
 from .storage import SharedStorage
 
 _ops = torch.ops.efficient_densenet
@@ -269,7 +271,7 @@ def _cast(features: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
 def _allocate(settings: _Settings, features: Sequence[Tensor]) -> Tensor:
     first = features[0]
     sizes = [first.size(0), sum(feature.size(1) for feature in features), *first.shape[2:]]
-    strides = _dense_strides(sizes, all(map(_is_channels_last, features)))
+    strides = dense_strides(sizes, all(map(is_channels_last, features)))
     if settings.storage is None:
         return torch.empty_strided(sizes, strides, dtype=first.dtype, device=first.device)
     return settings.storage.allocate(sizes, strides, like=first)
@@ -281,13 +283,10 @@ def _batch_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    used_mean, used_var = (_as_parameter(t, features[0]) for t in (running_mean, running_var))
-    mean, var = _ops.concat_bn_stats(features, used_mean, used_var, settings.momentum)
-    for original, used in ((running_mean, used_mean), (running_var, used_var)):
-        if original is not used:
-            original.copy_(used)
-    increment_version(running)
+    mean, var = _ops.concat_bn_stats(features)
+    rows = features[0].numel() // features[0].size(1)
+    norm = BatchNorm(running_mean, running_var, momentum=settings.momentum)
+    RunningStatistics([(0, norm)]).update(mean, var, rows)
     return mean, var
 
 
@@ -349,35 +348,8 @@ def _as_parameter(per_channel: Tensor | None, features: Tensor) -> Tensor | None
     return per_channel.to(dtype).contiguous()
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """As ``torch.cat`` sees it: strides grow from channels over columns to rows and images.
-
-    Where sizes of 1 make a tensor both, it is contiguous.
-    """
-    if x.dim() not in (4, 5):
-        return False
-    smallest = 0
-    for d in (1, *range(x.dim() - 1, 1, -1), 0):
-        stride = x.stride(d)
-        if x.size(d) == 0 or stride < smallest or (d == 0 and smallest == x.stride(1)):
-            return False
-        smallest = stride * max(x.size(d), 1)
-    return x.stride(1) != 0
-
-
-def _dense_strides(sizes: Sequence[int], channels_last: bool) -> list[int]:
-    dims = range(len(sizes))
-    order = [0, *dims[2:], 1] if channels_last else dims  # outermost first
-    strides = [1] * len(sizes)
-    stride = 1
-    for d in reversed(order):
-        strides[d] = stride
-        stride *= max(sizes[d], 1)
-    return strides
-
-
 @torch.library.register_fake("efficient_densenet::concat_bn_stats")
-def _(features, running_mean, running_var, momentum):
+def _(features):
     channels = sum(feature.size(1) for feature in features)
     mean = features[0].new_empty(channels, dtype=torch.float64)
     return mean, torch.empty_like(mean)

@@ -1,81 +1,134 @@
-"""DenseNet-BC (arXiv:1608.06993) whose dense layers can run in linear memory.
+"""DenseNet-BC (arXiv:1608.06993) that can run in memory linear in its depth.
 
-With ``efficient=True`` each ``concatenation -> batch norm -> ReLU`` of a dense layer
-(and its second ``batch norm -> ReLU``) is one :func:`efficient_densenet.concat_bn_relu`
-that writes into storage shared by the whole dense block and is recomputed in the
-backward pass (arXiv:1707.06990). Parameters, module names and results are those of
-``efficient=False``.
+With ``efficient=True`` each dense block is one operator, together with the transition or final norm
+that reads it (:mod:`efficient_densenet.dense_block`). A block that the operator does not compute
+exactly (a hook on an inner module, another norm, a pruned convolution) runs layer by layer on
+:func:`efficient_densenet.concat_bn_relu`, and what that does not compute as plain modules.
+Parameters, module names and results are those of ``efficient=False``.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import operator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ._arguments import RECOMPUTE
+from .batch_norm import BatchNorm
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
+from .dense_block import DenseLayer, Plan
+from .layout import convolution_is_channels_last, is_channels_last, plain_formats
 from .storage import SharedStorage
 
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        _has_any_global_hook()
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def _can_fuse(norm: nn.Module, relu: nn.Module) -> bool:
-    """Whether ``relu(norm(cat(features)))`` is exactly what the operator computes.
+# ------------------------------------------------------------------------------------------------
+# What may run fused. Each function returns why not, or None.
 
-    A subclass such as SyncBatchNorm computes something else, and a hook has to be called.
+
+def _why_called(module: nn.Module, *types: type[nn.Module]) -> str | None:
+    """Why a module has to be called: it is not exactly of these types, or somebody listens.
+
+    A subclass (SyncBatchNorm, a parametrised convolution) computes something else, and pruning is
+    a hook.
     """
-    return (
-        type(norm) is nn.BatchNorm2d
-        and type(relu) is nn.ReLU
-        and not _has_hooks(norm)
-        and not _has_hooks(relu)
-    )
+    if type(module) not in types:
+        return f"is {type(module).__name__}"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    if _has_any_global_hook() or any(getattr(module, name) for name in _HOOKS):
+        return "has hooks"
+    return None
 
 
-def _fused_bn_relu(
-    norm: nn.BatchNorm2d, features: Sequence[Tensor], storage: SharedStorage
-) -> Tensor:
-    """``relu(norm(cat(features, 1)))`` with the bookkeeping of ``nn.BatchNorm2d.forward``."""
+def _why_not_norm_relu(norm: nn.Module, relu: nn.Module) -> str | None:
+    why = _why_called(norm, *_BATCH_NORMS.values())
+    if why is not None:
+        return f"norm {why}"
+    why = _why_called(relu, nn.ReLU)
+    return None if why is None else f"relu {why}"
+
+
+def _why_not_convolution(conv: nn.Module, x: Tensor, pointwise: bool) -> str | None:
+    why = _why_called(conv, *_CONVOLUTIONS.values())
+    if why is not None:
+        return f"convolution {why}"
+    kernel = conv.kernel_size
+    if set(kernel) != {1} if pointwise else not all(size % 2 for size in kernel):
+        return f"convolution has kernel {kernel}"
+    if (
+        set(conv.stride) != {1}
+        or set(conv.dilation) != {1}
+        or conv.groups != 1
+        or conv.bias is not None
+        or conv.padding_mode != "zeros"
+        or conv.padding != tuple(size // 2 for size in kernel)
+    ):
+        return "convolution has a stride, padding, dilation, groups or a bias"
+    weight = conv.weight
+    if weight.device != x.device:
+        return f"convolution is on {weight.device}, its input on {x.device}"
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"convolution has {weight.dtype}, its input {x.dtype}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Fused pieces
+
+
+def _batch_norm(norm: nn.Module) -> BatchNorm:
+    """What ``norm.forward`` would hand to ``F.batch_norm``, and the count it would move."""
     uses_running = not norm.training or norm.track_running_stats
-    counts = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
-    momentum = norm.momentum
-    if momentum is None:  # cumulative average
-        momentum = 1.0 / float(norm.num_batches_tracked + 1) if counts else 0.0
-    y = concat_bn_relu(
-        features,
+    counts = norm.training and norm.track_running_stats
+    return BatchNorm(
         norm.running_mean if uses_running else None,
         norm.running_var if uses_running else None,
         norm.weight,
         norm.bias,
         training=norm.training or norm.running_mean is None,
-        momentum=momentum,
+        momentum=norm.momentum,
         eps=norm.eps,
-        storage=storage,
+        num_batches_tracked=norm.num_batches_tracked if counts else None,
     )
-    if counts:  # only now, so that an error leaves the module as it was
-        norm.num_batches_tracked.add_(1)
-    return y
 
 
 @torch.compiler.disable  # saved-tensor hooks and shared memory are not for a compiler to trace
-def _fused_bn_relu_conv(
-    norm: nn.BatchNorm2d, conv: nn.Module, features: Sequence[Tensor], storage: SharedStorage
+def _fused_bn_relu(
+    norm: nn.Module,
+    consumer: Callable[[Tensor], Tensor],
+    features: Sequence[Tensor],
+    storage: SharedStorage | None = None,
 ) -> Tensor:
-    y = _fused_bn_relu(norm, features, storage)
+    """``consumer(relu(norm(cat(features, 1))))`` that does not keep what the consumer reads."""
+    bn = _batch_norm(norm)
+    momentum = bn.momentum
+    if momentum is None:  # cumulative average
+        count = bn.num_batches_tracked
+        momentum = 0.0 if count is None else 1.0 / float(count + 1)
+    y = concat_bn_relu(
+        features,
+        bn.running_mean,
+        bn.running_var,
+        bn.weight,
+        bn.bias,
+        training=bn.training,
+        momentum=momentum,
+        eps=bn.eps,
+        storage=storage,
+    )
+    if bn.num_batches_tracked is not None:  # only now, so that an error leaves it as it was
+        bn.num_batches_tracked.add_(1)
     with recompute_in_backward(y):
-        return conv(y)
+        return consumer(y)
 
 
 class _DenseLayer(nn.Module):
@@ -88,15 +141,17 @@ class _DenseLayer(nn.Module):
         bn_size: int,
         drop_rate: float,
         efficient: bool,
+        spatial_dims: int,
     ) -> None:
         super().__init__()
+        norm, conv = _BATCH_NORMS[spatial_dims], _CONVOLUTIONS[spatial_dims]
         bottleneck = bn_size * growth_rate
-        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.norm1 = norm(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(num_input_features, bottleneck, kernel_size=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(bottleneck)
+        self.conv1 = conv(num_input_features, bottleneck, kernel_size=1, bias=False)
+        self.norm2 = norm(bottleneck)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(bottleneck, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.conv2 = conv(bottleneck, growth_rate, kernel_size=3, padding=1, bias=False)
         self.drop_rate = drop_rate
         self.efficient = efficient
 
@@ -115,39 +170,206 @@ class _DenseLayer(nn.Module):
         features: Sequence[Tensor],
         storage: SharedStorage,
     ) -> Tensor:
-        if self.efficient and _can_fuse(norm, relu):
-            return _fused_bn_relu_conv(norm, conv, features, storage)
+        if self.efficient and _why_not_norm_relu(norm, relu) is None:
+            return _fused_bn_relu(norm, conv, features, storage)
         return conv(relu(norm(torch.cat(features, 1) if len(features) > 1 else features[0])))
 
+    def why_not_fused(self, x: Tensor) -> str | None:
+        return (
+            _why_called(self, _DenseLayer)
+            or _why_not_norm_relu(self.norm1, self.relu1)
+            or _why_not_convolution(self.conv1, x, pointwise=True)
+            or _why_not_norm_relu(self.norm2, self.relu2)
+            or _why_not_convolution(self.conv2, x, pointwise=False)
+        )
 
-class _DenseBlock(nn.Module):
+    def tensors(self) -> DenseLayer:
+        return DenseLayer(
+            _batch_norm(self.norm1), self.conv1.weight, _batch_norm(self.norm2), self.conv2.weight
+        )
+
+
+class _State:
+    """All that a block's plan depends on, of its modules and of the input.
+
+    Objects are compared by identity and kept, so that no other can take the place of one.
+    """
+
+    def __init__(self, x: Tensor, *modules: nn.Module | None) -> None:
+        kind = x.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        self.objects: list[object] = []
+        self.facts: list[object] = [
+            x.dtype, x.device, x.dim(), x.size(1), min(x.shape[2:], default=0) < 2,
+            torch.get_autocast_dtype(kind) if autocast else None, _has_any_global_hook(),
+        ]  # fmt: skip
+        for module in modules:
+            if module is not None:
+                self._add(module)
+
+    def _add(self, module: nn.Module) -> None:
+        attributes = vars(module)
+        parameters = attributes["_parameters"].values()
+        self.objects += attributes.values()
+        self.objects += parameters
+        self.objects += attributes["_buffers"].values()
+        for name in _HOOKS:
+            if attributes[name]:
+                self.objects += attributes[name].values()
+        # Module.to and the like put other data into the same parameter.
+        for parameter in parameters:
+            if parameter is not None:
+                self.facts += parameter.dtype, parameter.device, parameter.shape
+        for child in attributes["_modules"].values():
+            self.objects.append(child)
+            if child is not None:
+                self._add(child)
+
+    def is_as(self, other: _State) -> bool:
+        return (
+            len(self.objects) == len(other.objects)
+            and all(map(operator.is_, self.objects, other.objects))
+            and self.facts == other.facts
+        )
+
+
+class _Plans:
+    """The last plan of a block, with what it depends on. Copies and pickles are empty."""
+
+    def __init__(self) -> None:
+        self._last: tuple[_State, Plan | None] | None = None
+
+    def get(self, state: _State, make: Callable[[], Plan | None]) -> Plan | None:
+        last = self._last
+        if last is None or not state.is_as(last[0]):
+            self._last = last = state, make()
+        return last[1]
+
+    def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
+        return _Plans, ()
+
+    def __deepcopy__(self, memo: dict) -> _Plans:
+        return _Plans()
+
+
+class DenseBlock(nn.Module):
+    """A dense block: ``num_layers`` layers, each reading all features before it.
+
+    Args:
+        num_layers: number of dense layers, ``denselayer1`` and so on.
+        num_input_features: channels of the input.
+        growth_rate: channels that each layer adds (``k`` in the paper).
+        bn_size: the bottleneck has ``bn_size * growth_rate`` channels.
+        drop_rate: dropout probability after each layer, in ``[0, 1)``.
+        efficient: run as one operator, :func:`efficient_densenet.dense_block`. Its output is
+            channels-last and is itself kept for the backward pass.
+        recompute: ``"bottleneck"`` or ``"features"``, see :func:`efficient_densenet.dense_block`.
+        spatial_dims: 1, 2 or 3.
+
+    Shape: ``[N, num_input_features, *spatial]`` to
+    ``[N, num_input_features + num_layers * growth_rate, *spatial]``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
     def __init__(
         self,
         num_layers: int,
         num_input_features: int,
-        bn_size: int,
         growth_rate: int,
-        drop_rate: float,
-        efficient: bool,
+        bn_size: int = 4,
+        drop_rate: float = 0,
+        efficient: bool = True,
+        recompute: str = "bottleneck",
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        _check_positive(
+            num_layers=num_layers,
+            num_input_features=num_input_features,
+            growth_rate=growth_rate,
+            bn_size=bn_size,
+        )
+        _check_drop_rate(drop_rate)
+        _check_choice("recompute", recompute, RECOMPUTE)
+        _check_choice("spatial_dims", spatial_dims, tuple(_CONVOLUTIONS))
         for i in range(num_layers):
-            layer = _DenseLayer(
-                num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate, efficient
-            )
+            channels = num_input_features + i * growth_rate
+            layer = _DenseLayer(channels, growth_rate, bn_size, drop_rate, efficient, spatial_dims)
             self.add_module(f"denselayer{i + 1}", layer)
-        # Not a buffer: it holds nothing that outlives a step, and the layers overwrite it.
+        self.efficient = efficient
+        self.recompute = recompute
+        # For running layer by layer. Not a buffer: it holds nothing that outlives a step.
         self.storage = SharedStorage()
+        self._plans = _Plans()
 
     def forward(self, x: Tensor) -> Tensor:
+        plan = self.plan(x)
+        if plan is not None:
+            return plan.run(x)
         features = [x]
         for layer in self.children():
             features.append(layer(features, self.storage))
         return torch.cat(features, 1)
 
+    @torch.compiler.disable
+    def plan(self, x: Tensor, reader: nn.Module | None = None) -> Plan | None:
+        """How to run as one operator on ``x``, with the module that reads it; None for not so.
+
+        Looking at every module of a block costs as much as running it, so plans are kept for as
+        long as nothing has changed.
+        """
+        return self._plans.get(_State(x, self, reader), lambda: self._new_plan(x, reader))
+
+    def _new_plan(self, x: Tensor, reader: nn.Module | None) -> Plan | None:
+        if self.why_not_fused(x) is not None:
+            return None
+        norm = reader
+        if type(reader) is _Transition:
+            if _why_called(self, DenseBlock) or reader.why_not_fused(x):
+                return None
+            norm = reader.norm
+        elif reader is not None and (
+            _why_called(self, DenseBlock) or _why_called(reader, *_BATCH_NORMS.values())
+        ):
+            return None
+        layers = list(self.children())
+        drop_rate = layers[0].drop_rate if layers[0].training else 0.0
+        tensors = [layer.tensors() for layer in layers]
+        bn = None if norm is None else _batch_norm(norm)
+        return Plan(x, tensors, drop_rate, self.recompute, bn, pool=norm is not reader)
+
+    def is_plainly_channels_last(self, x: Tensor) -> bool:
+        """Whether the output would be channels-last with ``efficient=False``."""
+        weights = [(layer.conv1.weight, layer.conv2.weight) for layer in self.children()]
+        return is_channels_last(x) and all(plain_formats(x, weights))
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """Why the block would run layer by layer on this input; None where it would not."""
+        if not self.efficient:
+            return "efficient=False"
+        layers = list(self.named_children())
+        first = layers[0][1]
+        for name, layer in layers:
+            why = layer.why_not_fused(x)
+            if why is not None:
+                return f"{name}: {why}"
+            if (layer.drop_rate, layer.training) != (first.drop_rate, first.training):
+                return f"{name}: other drop_rate or mode than denselayer1"
+            if layer.conv2.weight.shape != first.conv2.weight.shape:
+                return f"{name}: other numbers of channels than denselayer1"
+        return None
+
 
 class _Transition(nn.Sequential):
-    def __init__(self, num_input_features: int, num_output_features: int) -> None:
+    """BN-ReLU-conv1x1-pool.
+
+    A 1x1 convolution and an average commute, so with ``efficient`` the pooling comes first, and a
+    quarter of the activations is convolved and kept.
+    """
+
+    def __init__(self, num_input_features: int, num_output_features: int, efficient: bool) -> None:
         super().__init__(
             OrderedDict(
                 norm=nn.BatchNorm2d(num_input_features),
@@ -155,6 +377,27 @@ class _Transition(nn.Sequential):
                 conv=nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False),
                 pool=nn.AvgPool2d(kernel_size=2, stride=2),
             )
+        )
+        self.efficient = efficient
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_not_fused(x) is None:
+            return _fused_bn_relu(self.norm, lambda y: self.conv(self.pool(y)), [x])
+        return super().forward(x)
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        if not self.efficient:
+            return "efficient=False"
+        pool = self.pool
+        why = _why_called(pool, nn.AvgPool2d)
+        if why is not None:
+            return f"pool {why}"
+        if (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) != (2, 2, 0, False):
+            return "pool is not 2x2 with stride 2"
+        if pool.divisor_override is not None or min(x.shape[2:]) < 2:
+            return "pool divides otherwise, or its input is too small"
+        return _why_not_norm_relu(self.norm, self.relu) or _why_not_convolution(
+            self.conv, x, pointwise=True
         )
 
 
@@ -171,8 +414,11 @@ class DenseNet(nn.Module):
         num_classes: number of logits.
         small_inputs: stem for 32x32 images (one 3x3 convolution) instead of ImageNet's
             (7x7 convolution with stride 2, batch norm, ReLU, max pooling).
-        efficient: run the dense layers in memory linear in depth. Weights load
-            either way, and results agree to rounding.
+        efficient: run in memory linear in depth, and faster. Weights load either way, and
+            results agree to rounding.
+        recompute: what a block keeps for the backward pass besides its features, see
+            :func:`efficient_densenet.dense_block`. ``"bottleneck"`` is faster, ``"features"``
+            takes about half the memory: for what does not fit otherwise.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -189,36 +435,37 @@ class DenseNet(nn.Module):
         num_classes: int = 10,
         small_inputs: bool = True,
         efficient: bool = False,
+        recompute: str = "bottleneck",
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("growth_rate", growth_rate),
-            ("num_init_features", num_init_features),
-            ("bn_size", bn_size),
-            ("num_classes", num_classes),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        _check_positive(
+            growth_rate=growth_rate,
+            num_init_features=num_init_features,
+            bn_size=bn_size,
+            num_classes=num_classes,
+        )
         if not block_config or min(block_config) < 1:
             raise ValueError(
                 f"block_config: expected at least one positive integer, got {block_config}"
             )
         if not 0 < compression <= 1:
             raise ValueError(f"compression: expected a number in (0, 1], got {compression}")
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+        _check_drop_rate(drop_rate)
+        _check_choice("recompute", recompute, RECOMPUTE)
+        self.efficient = efficient
+        self.drop_rate = drop_rate
 
         self.features = nn.Sequential(_stem(num_init_features, small_inputs))
         num_features = num_init_features
         for i, num_layers in enumerate(block_config):
-            block = _DenseBlock(
-                num_layers, num_features, bn_size, growth_rate, drop_rate, efficient
+            block = DenseBlock(
+                num_layers, num_features, growth_rate, bn_size, drop_rate, efficient, recompute
             )
             self.features.add_module(f"denseblock{i + 1}", block)
             num_features += num_layers * growth_rate
             if i + 1 < len(block_config):
                 num_output_features = int(num_features * compression)
-                transition = _Transition(num_features, num_output_features)
+                transition = _Transition(num_features, num_output_features, efficient)
                 self.features.add_module(f"transition{i + 1}", transition)
                 num_features = num_output_features
         self.features.add_module("norm_final", nn.BatchNorm2d(num_features))
@@ -234,9 +481,51 @@ class DenseNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = F.relu(self.features(x), inplace=True)
-        pooled = F.adaptive_avg_pool2d(features, (1, 1)).flatten(1)
+        pooled = F.adaptive_avg_pool2d(self._activations(x), (1, 1)).flatten(1)
         return self.classifier(pooled)
+
+    def _activations(self, x: Tensor) -> Tensor:
+        """``relu(self.features(x))``"""
+        if not self.efficient or _why_called(self.features, nn.Sequential) is not None:
+            return F.relu(self.features(x), inplace=True)
+        restores = self.training and self.drop_rate > 0
+        modules = deque(self.features.children())
+        while modules:
+            module = modules.popleft()
+            if isinstance(module, DenseBlock):
+                channels_last = restores and module.is_plainly_channels_last(x)
+                plan = module.plan(x, modules[0]) if _may_read_fused(modules) else None
+                if plan is None:
+                    x = module(x)
+                else:
+                    reader = modules.popleft()
+                    if not isinstance(reader, _Transition):  # the final norm
+                        return plan.run(x)
+                    weight = reader.conv.weight
+                    channels_last = convolution_is_channels_last(x, channels_last, weight)
+                    x = reader.conv(plan.run(x))
+                if restores:
+                    x = _in_format(x, channels_last)
+            elif len(modules) > 1 and _why_not_norm_relu(module, modules[0]) is None:  # the stem
+                modules.popleft()
+                x = _fused_bn_relu(module, modules.popleft(), [x])
+            else:
+                x = module(x)
+        return F.relu(x, inplace=True)
+
+
+def _in_format(x: Tensor, channels_last: bool) -> Tensor:
+    """x in the memory format of the plain network, on which the next block's dropout depends."""
+    return x.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+def _may_read_fused(following: Sequence[nn.Module]) -> bool:
+    """Whether the module after a block is its last reader: a transition, or the final norm."""
+    if not following:
+        return False
+    return type(following[0]) is _Transition or len(following) == 1
 
 
 def _stem(num_init_features: int, small_inputs: bool) -> OrderedDict[str, nn.Module]:
@@ -250,3 +539,19 @@ def _stem(num_init_features: int, small_inputs: bool) -> OrderedDict[str, nn.Mod
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1, ceil_mode=False),
     )
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value}")
+
+
+def _check_drop_rate(drop_rate: float) -> None:
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficient_densenet import DenseNet, SharedStorage
+from efficient_densenet import DenseBlock, DenseNet, SharedStorage
 from efficient_densenet import densenet as densenet_module
 from reference import relative_error, requires_cuda
 
@@ -163,11 +163,11 @@ def test_same_evaluation(device):
 
 
 def blocks(model):
-    return [m for m in model.modules() if isinstance(m, densenet_module._DenseBlock)]
+    return [m for m in model.modules() if isinstance(m, DenseBlock)]
 
 
 def clear(module):
-    if isinstance(module, densenet_module._DenseBlock):
+    if isinstance(module, DenseBlock):
         module.storage.clear()
 
 

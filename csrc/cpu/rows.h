@@ -1,24 +1,28 @@
-// Shared by the CPU kernels: types, addresses of rows, threads.
+// Shared by the CPU kernels: how tensors are walked as the matrices of loops.h, threads, sums,
+// per-channel numbers.
+//
+// Walk: channels inner (channels-last tensors) makes a feature's channels the columns. Rows inner
+// (all others) folds a run of rows of one channel to kLanes columns:
+//
+//          channels inner                rows inner, one channel
+//   row 0  [c0 c1 c2 ...]                [row 0 ... row 15]
+//   row 1  [c0 c1 c2 ...]                [row 16 ... row 31]   then what is left, as one row
+//
+// Threads share the rows; a call's sums are formed in chunks of rows, whose number depends on the
+// shape alone, and added in order.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
 #include "../concat_bn_relu.h"
+#include "loops.h"
 
 namespace efficient_densenet::cpu {
-
-// Arithmetic is one step more precise than the elements, so that rounding the result is the only
-// error that counts; sums over rows are always double.
-template <typename T>
-using acc_t = std::conditional_t<(sizeof(T) < 4), float, double>;
 
 // Element type of per-channel arrays.
 template <typename T>
@@ -41,168 +45,191 @@ void dispatch(Element element, const Body& body) {
 // Work per thread below which threads cost more than they give, in elements.
 constexpr int64_t kGrain = 32768;
 
-inline int64_t row_offset(const RowSpace& rows, const View& view, int64_t row) {
-  int64_t offset = 0;
-  for (int d = rows.dims - 1; d > 0; --d) {
-    offset += row % rows.sizes[d] * view.row_strides[d];
-    row /= rows.sizes[d];
-  }
-  return offset + row * view.row_strides[0];
-}
-
-template <typename T>
-T* address(const RowSpace& rows, const View& view, int64_t row, int64_t channel) {
-  return static_cast<T*>(view.data) + row_offset(rows, view, row) + channel * view.channel_stride;
-}
-
-// Whether the inner loops run over the channels of a row (channels-last tensors) or over the rows
-// of a channel (all others).
-inline bool channels_are_inner(const Problem& problem) {
-  const auto all = [&](auto condition) {
-    return std::all_of(problem.features.begin(), problem.features.end(),
-                       [&](const Feature& feature) { return condition(feature.x); });
-  };
-  const int inner = problem.rows.dims - 1;
-  return all([](const View& x) { return x.channel_stride == 1; }) &&
-         !all([&](const View& x) { return x.row_strides[inner] == 1; });
-}
-
-// Calls body with the strides of two tensors; as constants where both are 1, so that it vectorises.
+// Calls body(begin, end) for shares of `count` items of `elements` elements each, in parallel.
 template <typename Body>
-void with_strides(int64_t a, int64_t b, const Body& body) {
-  constexpr std::integral_constant<int64_t, 1> one;
-  if (a == 1 && b == 1) return body(one, one);
-  body(a, b);
+void in_parallel(int64_t count, int64_t elements, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, count, grain, body);
 }
 
-// Calls body(first row, length) for each stretch of rows [begin, end) with one stride.
+// Two sums per channel, [2, C], over `count` items of at least one row each: in parallel, with
+// calls body(first item, end item, sums [2, C]) for chunks of items.
 template <typename Body>
-void for_each_run(const RowSpace& rows, int64_t begin, int64_t end, const Body& body) {
-  const int64_t inner = rows.sizes[rows.dims - 1];
-  while (begin < end) {
-    const int64_t length = std::min(inner - begin % inner, end - begin);
-    body(begin, length);
-    begin += length;
-  }
-}
-
-// Stride of the inner loop over a tensor.
-template <bool kChannelsInner>
-int64_t inner_stride(const RowSpace& rows, const View& view) {
-  return kChannelsInner ? view.channel_stride : view.row_strides[rows.dims - 1];
-}
-
-// Covers all elements of all features, in parallel, with calls body(feature, row, channel, n): n
-// elements from there along the channels of one row, or along rows of one stride in one channel.
-template <bool kChannelsInner, typename Body>
-void for_each_stretch(const Problem& problem, const Body& body) {
-  const RowSpace& rows = problem.rows;
-  if (kChannelsInner) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / problem.channels);
-    torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        for (const Feature& feature : problem.features) body(feature, row, 0, feature.channels);
-      }
-    });
-    return;
-  }
-  for (const Feature& feature : problem.features) {
-    const int64_t elements = feature.channels * rows.count;
-    torch::stable::parallel_for(0, elements, kGrain, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t channel = begin / rows.count, row = begin % rows.count;
-        const int64_t stop = std::min(rows.count, row + end - begin);
-        for_each_run(rows, row, stop,
-                     [&](int64_t first, int64_t length) { body(feature, first, channel, length); });
-        begin += stop - row;
-      }
-    });
-  }
-}
-
-// The rows of channels-last tensors are reduced in chunks, whose number depends on the shape alone.
-inline int64_t row_chunks(const RowSpace& rows) {
-  constexpr int64_t kMaxChunks = 64, kMinRows = 512;
-  return std::min(kMaxChunks, (rows.count + kMinRows - 1) / kMinRows);
-}
-
-// Calls body(chunk, first row, end row) for each chunk, in parallel.
-template <typename Body>
-void for_each_row_chunk(const RowSpace& rows, const Body& body) {
-  const int64_t chunks = row_chunks(rows);
+std::vector<double> sums_in_parallel(int64_t channels, int64_t count, int64_t items_per_chunk,
+                                     const Body& body) {
+  constexpr int64_t kMaxChunks = 64;
+  const int64_t chunks = std::min(kMaxChunks, (count + items_per_chunk - 1) / items_per_chunk);
+  const int64_t size = 2 * channels;
+  std::vector<double> partial(chunks * size, 0.0), sums(size, 0.0);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      body(chunk, rows.count * chunk / chunks, rows.count * (chunk + 1) / chunks);
+      body(count * chunk / chunks, count * (chunk + 1) / chunks, &partial[chunk * size]);
     }
   });
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += partial[chunk * size + i];
+  }
+  return sums;
 }
 
-// Calls body(feature, channel) for each channel of each feature, in parallel.
-template <typename Body>
-void for_each_channel(const Problem& problem, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / problem.rows.count);
-  for (const Feature& feature : problem.features) {
-    torch::stable::parallel_for(0, feature.channels, grain, [&](int64_t first, int64_t last) {
-      for (int64_t channel = first; channel < last; ++channel) body(feature, channel);
-    });
+constexpr int64_t kChunkRows = 128;  // a few chunks for each thread, also where rows are few
+constexpr int64_t kLanes = 16;
+
+// Part of one feature, as a matrix.
+struct Tile {
+  const Feature& feature;
+  int64_t row, channel;  // the first ones; the channel in the feature
+  int64_t column;        // of the first column in per-channel arrays, see Walk::repeat
+  Shape shape;
+};
+
+class Walk {
+ public:
+  explicit Walk(const Problem& problem)
+      : problem_(problem), channels_inner_(channels_are_inner(problem)) {}
+
+  // How often per-channel arrays hold each number: once per column of a channel.
+  int64_t repeat() const { return channels_inner_ ? 1 : kLanes; }
+
+  // The tile in a tensor with the channels of the feature, and in one with those of all features.
+  template <typename T>
+  Matrix<T> of_feature(const View& view, const Tile& tile) const {
+    return matrix<T>(view, tile.row, tile.channel);
   }
-}
+
+  template <typename T>
+  Matrix<T> of_all(const View& view, const Tile& tile) const {
+    return matrix<T>(view, tile.row, tile.feature.first_channel + tile.channel);
+  }
+
+  // Covers all elements of all features, in parallel.
+  template <typename Body>
+  void for_each_tile(const Body& body) const {
+    in_parallel(problem_.rows.count, problem_.channels,
+                [&](int64_t begin, int64_t end) { for_each_tile(begin, end, body); });
+  }
+
+  // Two sums per channel, [2, C], of what body(tile, sum, other sum) adds for each column.
+  template <typename Body>
+  std::vector<double> sums(const Body& body) const {
+    const int64_t channels = problem_.channels;
+    const auto chunk = [&](int64_t begin, int64_t end, double* sums) {
+      for_each_tile(begin, end, [&](const Tile& tile) {
+        double* const sum = sums + tile.feature.first_channel + tile.channel;
+        if (channels_inner_) return body(tile, sum, sum + channels);
+        double lanes[2][kLanes] = {};
+        body(tile, lanes[0], lanes[1]);
+        for (const double lane : lanes[0]) sum[0] += lane;
+        for (const double lane : lanes[1]) sum[channels] += lane;
+      });
+    };
+    return sums_in_parallel(channels, problem_.rows.count, kChunkRows, chunk);
+  }
+
+ private:
+  static bool channels_are_inner(const Problem& problem) {
+    const auto all = [&](auto condition) {
+      return std::all_of(problem.features.begin(), problem.features.end(),
+                         [&](const Feature& feature) { return condition(feature.x); });
+    };
+    const int inner = problem.rows.dims - 1;
+    return all([](const View& x) { return x.channel_stride == 1; }) &&
+           !all([&](const View& x) { return x.row_strides[inner] == 1; });
+  }
+
+  template <typename T>
+  Matrix<T> matrix(const View& view, int64_t row, int64_t channel) const {
+    const RowSpace& rows = problem_.rows;
+    const int64_t row_stride = view.row_strides[rows.dims - 1];
+    int64_t offset = channel * view.channel_stride;
+    for (int d = rows.dims - 1; d > 0; --d) {
+      offset += row % rows.sizes[d] * view.row_strides[d];
+      row /= rows.sizes[d];
+    }
+    T* const data = static_cast<T*>(view.data) + offset + row * view.row_strides[0];
+    return channels_inner_ ? Matrix<T>{data, row_stride, view.channel_stride}
+                           : Matrix<T>{data, kLanes * row_stride, row_stride};
+  }
+
+  // Rows [begin, end), in stretches with one stride, short enough that what the features of a
+  // channels-last list write next to each other stays in the L1 cache.
+  template <typename Body>
+  void for_each_tile(int64_t begin, int64_t end, const Body& body) const {
+    constexpr int64_t kStretch = 64;
+    const int64_t inner = problem_.rows.sizes[problem_.rows.dims - 1];
+    while (begin < end) {
+      int64_t length = std::min(inner - begin % inner, end - begin);
+      if (channels_inner_) length = std::min(length, kStretch);
+      for (const Feature& feature : problem_.features) {
+        if (!channels_inner_) {
+          for_each_fold(feature, begin, length, body);
+        } else if (feature.channels > 0) {
+          body(Tile{feature, begin, 0, feature.first_channel, {length, feature.channels}});
+        }
+      }
+      begin += length;
+    }
+  }
+
+  template <typename Body>
+  static void for_each_fold(const Feature& feature, int64_t row, int64_t length, const Body& body) {
+    const int64_t whole = length / kLanes, left = length % kLanes;
+    for (int64_t c = 0; c < feature.channels; ++c) {
+      const int64_t column = (feature.first_channel + c) * kLanes;
+      if (whole > 0) body(Tile{feature, row, c, column, {whole, kLanes}});
+      if (left > 0) body(Tile{feature, row + whole * kLanes, c, column, {1, left}});
+    }
+  }
+
+  const Problem& problem_;
+  const bool channels_inner_;
+};
 
 // Per-channel arrays of y = relu((x - mean) * scale + bias), the mean split as in BatchNorm: `rest`
 // is what its rounded value lacks, and `bias` makes up for it.
 template <typename T>
-struct Channels {
+class Channels {
   using Acc = acc_t<T>;
-  std::vector<Acc> mean, rest, inverse_std, scale, bias;
 
-  Channels(const BatchNorm& bn, int64_t channels)
-      : mean(channels), rest(channels), inverse_std(channels), scale(channels), bias(channels) {
-    const auto read = [](const void* values, int64_t c, Acc otherwise) {
-      return values == nullptr ? otherwise : Acc(static_cast<const channel_t<T>*>(values)[c]);
+ public:
+  // Repeated (Walk::repeat), for the loops.
+  std::vector<Acc> mean, scale, bias;
+  // One number per channel, for the sums.
+  std::vector<double> rest, inverse_std;
+  const int64_t repeat;
+
+  Channels(const BatchNorm& bn, int64_t channels, int64_t repeat)
+      : mean(channels * repeat),
+        scale(channels * repeat),
+        bias(channels * repeat),
+        rest(channels),
+        inverse_std(channels),
+        repeat(repeat) {
+    const auto read = [](const void* values, int64_t c, double otherwise) {
+      return values == nullptr ? otherwise : static_cast<const channel_t<T>*>(values)[c];
     };
     for (int64_t c = 0; c < channels; ++c) {
-      mean[c] = static_cast<Acc>(bn.mean[c]);
-      rest[c] = static_cast<Acc>(bn.mean[c] - mean[c]);
-      inverse_std[c] = static_cast<Acc>(1 / std::sqrt(bn.var[c] + bn.eps));
-      scale[c] = read(bn.weight, c, 1) * inverse_std[c];
-      bias[c] = read(bn.bias, c, 0) - rest[c] * scale[c];
+      inverse_std[c] = 1 / std::sqrt(bn.var[c] + bn.eps);
+      const double exact_scale = read(bn.weight, c, 1) * inverse_std[c];
+      const Acc rounded = round_mean(bn.mean[c], inverse_std[c]);
+      rest[c] = bn.mean[c] - rounded;
+      std::fill_n(&mean[c * repeat], repeat, rounded);
+      std::fill_n(&scale[c * repeat], repeat, static_cast<Acc>(exact_scale));
+      std::fill_n(&bias[c * repeat], repeat,
+                  static_cast<Acc>(read(bn.bias, c, 0) - rest[c] * exact_scale));
     }
   }
-};
 
-// Sum of term(buffer[i]) in double; fixed lanes, so that it vectorises and never depends on the
-// machine.
-template <typename Acc, typename Term>
-double sum(const Acc* buffer, int64_t n, const Term& term) {
-  constexpr int kLanes = 16;
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] += term(buffer[i + j]);
+  Numbers<T> at(int64_t column) const { return {&mean[column], &scale[column], &bias[column]}; }
+
+ private:
+  // A multiple of the power of two next to the standard deviation: 0 where the mean is small, and
+  // of so few digits elsewhere that x - mean is exact for almost every x.
+  static Acc round_mean(double mean, double inverse_std) {
+    const double unit = std::exp2(-std::logb(inverse_std));
+    const Acc rounded = static_cast<Acc>(unit * std::rint(mean / unit));
+    return std::isfinite(rounded) ? rounded : static_cast<Acc>(mean);
   }
-  for (int j = 0; i < n; ++i, ++j) lanes[j] += term(buffer[i]);
-  double total = 0;
-  for (const double lane : lanes) total += lane;
-  return total;
-}
-
-// The backward pass calls the same function to know where the ReLU was open, so both must round
-// alike: this code is compiled without contraction to fused multiply-adds.
-template <typename Acc>
-Acc normalise(Acc x, Acc mean, Acc scale, Acc bias) {
-  return (x - mean) * scale + bias;
-}
-
-// NaN passes, as in torch.relu.
-template <typename Acc>
-Acc relu(Acc value) {
-  return value < Acc(0) ? Acc(0) : value;
-}
-
-// Where torch's ReLU lets the gradient through: decided on the rounded output.
-template <typename T, typename Acc>
-bool relu_is_open(Acc value) {
-  return !(static_cast<Acc>(static_cast<T>(value)) <= Acc(0));
-}
+};
 
 }  // namespace efficient_densenet::cpu

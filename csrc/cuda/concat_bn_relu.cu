@@ -13,24 +13,25 @@
 namespace efficient_densenet::cuda {
 namespace {
 
-template <typename T, int V, bool kChannelsInner>
+template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
-    concat_bn_relu_kernel(const __grid_constant__ FeatureList list,
+    concat_bn_relu_kernel(const __grid_constant__ Inputs inputs,
                           const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
                           const __grid_constant__ View y_view) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
-  const T_ tile(list, rows, chunking);
+  const T_ tile(inputs, rows, chunking);
   Channel<Acc> channels[T_::kChannels];
-  load_per_channel<Channel<Acc>, T_>(list, channels,
+  load_per_channel<Channel<Acc>, T_>(inputs, channels,
                                      [&](int64_t c) { return Channel<Acc>::load(bn, c); });
-  if (!T_::in_list(list, tile.channel)) return;
+  if (tile.channel >= inputs.end_channel()) return;
 
-  const Feature& feature = find_feature(list, tile.channel);
-  const Window<T, V> x(feature.x, rows, tile.channel - feature.first_channel);
-  const Window<T, V> y(y_view, rows, tile.channel);
+  const Feature& feature = inputs.find(tile.channel);
+  using W = Window<T, V, Inputs::kRowDims>;
+  const W x(feature.x, rows, tile.channel - feature.first_channel);
+  const W y(y_view, rows, tile.channel);
 
-  tile.for_each_group([&](int64_t row, auto steps) {
+  tile.template for_each_group<kUnroll>([&](int64_t row, auto steps) {
     constexpr int kSteps = decltype(steps)::value;
     Pack<T, V> packs[kSteps];
 #pragma unroll
@@ -47,19 +48,18 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-constexpr int kWidest = 8;  // elements per access
-
 }  // namespace
 
 void concat_bn_relu(const Problem& problem, const BatchNorm& bn, const View& y) {
-  const Plan plan(problem, &y, Plan::kElementwiseBlocks, kWidest);
-  dispatch<kWidest>(problem, plan.walk, [&](auto element, auto walk) {
+  const Plan plan(problem, &y, Plan::kElementwiseBlocks);
+  dispatch(problem, plan.walk, [&](auto element, auto walk) {
     using T = decltype(element);
     using W = decltype(walk);
-    for_each_list(problem, [&](const FeatureList& list) {
-      concat_bn_relu_kernel<T, W::vector, W::channels_inner>
-          <<<plan.grid(list), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
-              list, problem.rows, plan.chunking, bn, y);
+    using Inputs = typename W::Inputs;
+    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
+      concat_bn_relu_kernel<T, W::vector, W::channels_inner, Inputs>
+          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+              inputs, problem.rows, plan.chunking, bn, y);
       check(cudaGetLastError(), "concat_bn_relu_kernel");
     });
   });

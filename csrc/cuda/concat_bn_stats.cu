@@ -1,5 +1,5 @@
-// mean[c] and biased var[c] over the rows of each channel of a list of tensors, and the update of
-// the running statistics.
+// mean[c] and biased var[c] over the rows of each channel of a list of tensors; on request, all
+// channels are copied to one tensor on the way (how a dense block appends features).
 //
 // Method: x is taken relative to the channel's first value; the moments of each group of
 // kUnroll accesses are formed in registers (mean first, then squares about it) and merged into the
@@ -7,7 +7,8 @@
 // 1983). So neither a mean of many standard deviations nor many rows cost accuracy, and the order
 // of all sums depends on the shape alone.
 // Tiling: tile.cuh; partial results [C, chunks], then one warp per channel.
-// Bytes: each element is read once, sizeof(T) per element; 16 bytes per channel and chunk besides.
+// Bytes: each element is read once (and written once where it is copied), sizeof(T) per element; 16
+// bytes per channel and chunk besides.
 // Limit: memory bandwidth. Shared memory: 20 KB at V = 8.
 #include "tile.cuh"
 
@@ -63,11 +64,12 @@ __device__ Moments<acc_t<T>, kChannels> group_moments(const Pack<T, V> (&packs)[
   return group;
 }
 
-template <typename T, int V, bool kChannelsInner>
+template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
-    concat_bn_stats_kernel(const __grid_constant__ FeatureList list,
+    concat_bn_stats_kernel(const __grid_constant__ Inputs inputs,
                            const __grid_constant__ RowSpace rows, Chunking chunking,
-                           double* partial_mean, double* partial_m2) {
+                           const __grid_constant__ View copy, double* partial_mean,
+                           double* partial_m2) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   constexpr int kChannels = T_::kChannels;
@@ -75,50 +77,51 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Acc shared_count[kThreads];
 
   // 1. Each thread: its own rows.
-  const T_ tile(list, rows, chunking);
-  const bool active = T_::in_list(list, tile.channel);
+  const T_ tile(inputs, rows, chunking);
+  const bool active = tile.channel < inputs.end_channel();
   Acc shift[kChannels];
   Moments<Acc, kChannels> moments;
   if (active) {
-    const Feature& feature = find_feature(list, tile.channel);
+    const Feature& feature = inputs.find(tile.channel);
     const int64_t channel = tile.channel - feature.first_channel;
-    const Window<T, V> x(feature.x, rows, channel);
+    using W = Window<T, V, Inputs::kRowDims>;
+    const W x(feature.x, rows, channel);
+    const W to(copy, rows, tile.channel);
     const T* const first_row = static_cast<const T*>(feature.x.data);
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
       shift[k] = widen(first_row[(channel + k) * feature.x.channel_stride]);
     }
-    tile.for_each_group([&](int64_t row, auto steps) {
+    tile.template for_each_group<kUnroll>([&](int64_t row, auto steps) {
       constexpr int kSteps = decltype(steps)::value;
       Pack<T, V> packs[kSteps];
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) packs[s] = *x.at(row + s * tile.row_step);
+      if (copy.data != nullptr) {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) *to.at(row + s * tile.row_step) = packs[s];
+      }
       const auto group = group_moments<T, V, kChannelsInner>(packs, shift);
       moments.merge(
           group.count, [&](int k) { return group.mean[k]; }, [&](int k) { return group.m2[k]; });
     });
   }
 
-  // 2. The threads of a channel: a tree over threadIdx.y.
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  for (int half = blockDim.y / 2; half > 0; half /= 2) {
-    if (threadIdx.y >= half && threadIdx.y < 2 * half) {
-      shared_count[thread] = moments.count;
+  // 2. The threads of a channel.
+  reduce_threads(
+      [&](int i) {
+        shared_count[i] = moments.count;
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        shared_mean[k][thread] = moments.mean[k];
-        shared_m2[k][thread] = moments.m2[k];
-      }
-    }
-    __syncthreads();
-    if (threadIdx.y < half) {
-      const int other = thread + half * blockDim.x;
-      moments.merge(
-          shared_count[other], [&](int k) { return shared_mean[k][other]; },
-          [&](int k) { return shared_m2[k][other]; });
-    }
-    __syncthreads();
-  }
+        for (int k = 0; k < kChannels; ++k) {
+          shared_mean[k][i] = moments.mean[k];
+          shared_m2[k][i] = moments.m2[k];
+        }
+      },
+      [&](int i) {
+        moments.merge(
+            shared_count[i], [&](int k) { return shared_mean[k][i]; },
+            [&](int k) { return shared_m2[k][i]; });
+      });
 
   // 3. One partial result per channel and chunk.
   if (active && threadIdx.y == 0) {
@@ -131,14 +134,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename Acc>
-__device__ void update_running(void* running, int64_t channel, double momentum, double value) {
-  if (running == nullptr) return;
-  Acc& average = static_cast<Acc*>(running)[channel];
-  average = static_cast<Acc>((1 - momentum) * average + momentum * value);
-}
-
-template <typename Acc>
 __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunking chunking,
                                      const double* partial_mean, const double* partial_m2,
                                      Statistics statistics) {
@@ -160,35 +155,32 @@ __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunki
     moments.merge(count, [&](int) { return mean; }, [&](int) { return m2; });
   }
   if (threadIdx.x != 0) return;
-  const double mean = moments.mean[0], m2 = moments.m2[0];
-  statistics.mean[c] = mean;
-  statistics.var[c] = m2 / moments.count;
-  update_running<Acc>(statistics.running_mean, c, statistics.momentum, mean);
-  update_running<Acc>(statistics.running_var, c, statistics.momentum, m2 / (moments.count - 1));
+  statistics.mean[c] = moments.mean[0];
+  statistics.var[c] = moments.m2[0] / moments.count;
 }
-
-constexpr int kWidest = 8;  // elements per access
 
 }  // namespace
 
 void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
-  const Plan plan(problem, nullptr, Plan::kReductionBlocks, kWidest);
+  const Plan plan(problem, statistics.copy, Plan::kReductionBlocks);
+  const View copy = statistics.copy == nullptr ? View{} : *statistics.copy;
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   double* const partial_mean = plan.workspace(problem);
   double* const partial_m2 = partial_mean + problem.channels * plan.chunking.chunks;
-  dispatch<kWidest>(problem, plan.walk, [&](auto element, auto walk) {
+  dispatch(problem, plan.walk, [&](auto element, auto walk) {
     using T = decltype(element);
     using W = decltype(walk);
-    for_each_list(problem, [&](const FeatureList& list) {
-      concat_bn_stats_kernel<T, W::vector, W::channels_inner>
-          <<<plan.grid(list), plan.block, 0, stream>>>(list, problem.rows, plan.chunking,
-                                                       partial_mean, partial_m2);
+    using Inputs = typename W::Inputs;
+    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
+      concat_bn_stats_kernel<T, W::vector, W::channels_inner, Inputs>
+          <<<plan.grid(inputs), plan.block, 0, stream>>>(inputs, problem.rows, plan.chunking, copy,
+                                                         partial_mean, partial_m2);
       check(cudaGetLastError(), "concat_bn_stats_kernel");
     });
-    merge_moments_kernel<acc_t<T>><<<merge_grid(problem), merge_block(), 0, stream>>>(
-        problem.channels, problem.rows.count, plan.chunking, partial_mean, partial_m2, statistics);
-    check(cudaGetLastError(), "merge_moments_kernel");
   });
+  merge_moments_kernel<<<merge_grid(problem), merge_block(), 0, stream>>>(
+      problem.channels, problem.rows.count, plan.chunking, partial_mean, partial_m2, statistics);
+  check(cudaGetLastError(), "merge_moments_kernel");
 }
 
 }  // namespace efficient_densenet::cuda

@@ -14,7 +14,8 @@
 // Features whose strides fit neither direction go rows inner with V = 1.
 //
 // Every tensor of a call is addressed through its View, so no thread needs to know about layouts.
-// The list of features travels as a kernel parameter (at most kMaxFeatures a launch).
+// The features travel as a kernel parameter: a FeatureList (at most kMaxFeatures a launch), or one
+// Matrix, whose rows form one dimension; then an address is one multiplication.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,6 +34,11 @@ constexpr int kThreads = 256;
 constexpr int kMaxWidth = 32;     // threads of a block side by side, along the channels
 constexpr int kMaxFeatures = 64;  // 7 KB of kernel parameters
 constexpr int kUnroll = 4;        // independent accesses in flight per thread and tensor
+
+// As many steps at once as leave registers for two blocks per multiprocessor, in kernels that read
+// several tensors.
+template <int V>
+constexpr int kUnrollOfSeveral = V == 8 ? 2 : kUnroll;
 
 // Arithmetic type of one element; sums over rows end in double.
 template <typename T>
@@ -69,8 +75,38 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 struct FeatureList {
+  static constexpr int kRowDims = kMaxRowDims;
   int count;
   Feature items[kMaxFeatures];
+
+  __host__ __device__ int64_t first_channel() const { return items[0].first_channel; }
+  __host__ __device__ int64_t end_channel() const {
+    return items[count - 1].first_channel + items[count - 1].channels;
+  }
+
+  // The feature that holds a channel: the last one that does not begin behind it.
+  __device__ const Feature& find(int64_t channel) const {
+    int low = 0, high = count - 1;
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (items[middle].first_channel <= channel) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return items[low];
+  }
+};
+
+// One feature, its channels next to each other and its rows of one stride.
+struct Matrix {
+  static constexpr int kRowDims = 1;
+  Feature feature;
+
+  __host__ __device__ int64_t first_channel() const { return 0; }
+  __host__ __device__ int64_t end_channel() const { return feature.channels; }
+  __device__ const Feature& find(int64_t) const { return feature; }
 };
 
 // Rows are reduced or written in `chunks` stretches of `rows_per_chunk` rows, one per block.
@@ -98,8 +134,9 @@ struct Tile {
   int64_t channel;  // first one, in the concatenation
   int64_t row, row_end, row_step;
 
-  __device__ Tile(const FeatureList& list, const RowSpace& rows, const Chunking& chunking) {
-    channel = list.items[0].first_channel +
+  template <typename Inputs>
+  __device__ Tile(const Inputs& inputs, const RowSpace& rows, const Chunking& chunking) {
+    channel = inputs.first_channel() +
               (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kChannels;
     const int64_t begin = blockIdx.y * chunking.rows_per_chunk;
     row = begin + static_cast<int64_t>(threadIdx.y) * kRows;
@@ -110,54 +147,35 @@ struct Tile {
   // Which of the thread's channels the i-th of its V elements belongs to.
   __device__ static constexpr int channel_of(int i) { return kChannelsInner ? i : 0; }
 
-  __device__ static bool in_list(const FeatureList& list, int64_t channel) {
-    const Feature& last = list.items[list.count - 1];
-    return channel < last.first_channel + last.channels;
-  }
-
-  // Calls body(row of each of kUnroll steps) and then, for the rest, body(row of one step).
-  template <typename Body>
+  // Calls body(row, kSteps) for groups of so many steps and then, for the rest, body(row, 1).
+  template <int kSteps, typename Body>
   __device__ void for_each_group(const Body& body) const {
     int64_t r = row;
-    for (; r + (kUnroll - 1) * row_step < row_end; r += kUnroll * row_step) {
-      body(r, std::integral_constant<int, kUnroll>{});
+    for (; r + (kSteps - 1) * row_step < row_end; r += kSteps * row_step) {
+      body(r, std::integral_constant<int, kSteps>{});
     }
     for (; r < row_end; r += row_step) body(r, std::integral_constant<int, 1>{});
   }
 };
 
-// The feature that holds a channel: the last one that does not begin behind it.
-__device__ inline const Feature& find_feature(const FeatureList& list, int64_t channel) {
-  int low = 0, high = list.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (list.items[middle].first_channel <= channel) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return list.items[low];
-}
-
 // One thread's window into one tensor. The strides are copied to registers: neighbouring threads
 // may look at different features, and constant memory serves one address at a time.
-template <typename T, int V>
+template <typename T, int V, int kRowDims>
 struct Window {
   T* base;
   const RowSpace& rows;
-  int64_t strides[kMaxRowDims];
+  int64_t strides[kRowDims];
 
   __device__ Window(const View& view, const RowSpace& rows, int64_t channel)
       : base(static_cast<T*>(view.data) + channel * view.channel_stride), rows(rows) {
 #pragma unroll
-    for (int d = 0; d < kMaxRowDims; ++d) strides[d] = view.row_strides[d];
+    for (int d = 0; d < kRowDims; ++d) strides[d] = view.row_strides[d];
   }
 
   __device__ Pack<T, V>* at(int64_t row) const {
     int64_t offset = 0;
 #pragma unroll
-    for (int d = kMaxRowDims - 1; d > 0; --d) {
+    for (int d = kRowDims - 1; d > 0; --d) {
       if (d >= rows.dims) continue;
       const int64_t outer = divide(row, rows.sizes[d]);
       offset += (row - outer * rows.sizes[d]) * strides[d];
@@ -210,14 +228,14 @@ struct Channel {
 };
 
 // The numbers of a block's channels, formed once per block and handed to the threads that own them.
-template <typename Number, typename T_, typename Load>
-__device__ void load_per_channel(const FeatureList& list, Number (&numbers)[T_::kChannels],
+template <typename Number, typename T_, typename Inputs, typename Load>
+__device__ void load_per_channel(const Inputs& inputs, Number (&numbers)[T_::kChannels],
                                  const Load& load) {
   __shared__ Number shared[T_::kBlockChannels];
-  const int count = blockDim.x * T_::kChannels;
-  const int64_t first = list.items[0].first_channel + static_cast<int64_t>(blockIdx.x) * count;
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < count; i += kThreads) {
-    if (T_::in_list(list, first + i)) shared[i] = load(first + i);
+  const int count = blockDim.x * T_::kChannels, threads = blockDim.x * blockDim.y;
+  const int64_t first = inputs.first_channel() + static_cast<int64_t>(blockIdx.x) * count;
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < count; i += threads) {
+    if (first + i < inputs.end_channel()) shared[i] = load(first + i);
   }
   __syncthreads();
 #pragma unroll
@@ -245,6 +263,21 @@ __device__ bool relu_is_open(acc_t<T> value) {
 // the merge then adds no error of its own.
 __device__ inline int64_t partial_index(const Chunking& chunking, int64_t channel) {
   return channel * chunking.chunks + blockIdx.y;
+}
+
+// Merges what the threads of each channel hold, a tree over threadIdx.y: put(i) shares a thread's
+// own at place i, take(i) adds what is there. The result is with threadIdx.y = 0.
+template <typename Put, typename Take>
+__device__ void reduce_threads(const Put& put, const Take& take) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  for (int count = blockDim.y; count > 1;) {
+    const int half = (count + 1) / 2;
+    if (threadIdx.y >= half && threadIdx.y < count) put(thread);
+    __syncthreads();
+    if (threadIdx.y + half < count) take(thread + half * blockDim.x);
+    __syncthreads();
+    count = half;
+  }
 }
 
 constexpr int kWarp = 32;
@@ -286,10 +319,11 @@ bool all_views(const Problem& problem, const View* other, const Body& body) {
   return other == nullptr || body(*other);
 }
 
-// How a call is walked: direction, elements per access.
+// How a call is walked: direction, elements per access, and whether it is about one matrix.
 struct Walk {
   bool channels_inner;
   int vector;
+  bool matrix;
 };
 
 inline bool channels_fit(const Problem& problem, const View* other, int vector) {
@@ -315,32 +349,38 @@ inline bool rows_fit(const Problem& problem, const View* other, int vector) {
   });
 }
 
-// Accesses of at most `widest` elements and 16 bytes.
-inline Walk choose_walk(const Problem& problem, const View* other, int widest) {
+inline bool is_matrix(const Problem& problem, const View* other) {
+  return problem.features.size() == 1 && problem.rows.dims == 1 && problem.channels > 0 &&
+         channels_fit(problem, other, 1);
+}
+
+// Accesses of at most 16 bytes. Lists have no kernels for two elements of less than 8 bytes.
+inline Walk choose_walk(const Problem& problem, const View* other) {
   const int size = element_size(problem.element);
+  const bool matrix = is_matrix(problem, other);
   const auto aligned = [&](int vector) {
     return all_views(problem, other, [&](const View& view) {
       return reinterpret_cast<uintptr_t>(view.data) % (vector * size) == 0;
     });
   };
-  for (int vector = std::min(16 / size, widest); vector > 1; vector = vector == 8 ? 4 : 1) {
-    if (!aligned(vector)) continue;
-    if (channels_fit(problem, other, vector)) return {true, vector};
-    if (rows_fit(problem, other, vector)) return {false, vector};
+  for (int vector = 16 / size; vector > 1; vector /= 2) {
+    if (!aligned(vector) || (vector == 2 && size < 8 && !matrix)) continue;
+    if (channels_fit(problem, other, vector)) return {true, vector, matrix};
+    if (!matrix && rows_fit(problem, other, vector)) return {false, vector, false};
   }
-  return {channels_fit(problem, other, 1), 1};
-}
-
-// Blocks of kThreads threads: as many channels wide as the call has, up to a warp of accesses.
-inline dim3 block_shape(const Problem& problem, const Walk& walk) {
-  unsigned width = 1;
-  if (walk.channels_inner) {
-    while (width < kMaxWidth && width * walk.vector < problem.channels) width *= 2;
-  }
-  return dim3(width, kThreads / width);
+  return {channels_fit(problem, other, 1), 1, matrix};
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of up to kThreads threads: as wide as the channels need, which are shared out evenly
+// where that is more than kMaxWidth accesses.
+inline dim3 block_shape(const Problem& problem, const Walk& walk) {
+  if (!walk.channels_inner) return dim3(1, kThreads);
+  const int64_t columns = std::max<int64_t>(1, ceil_div(problem.channels, walk.vector));
+  const auto width = static_cast<unsigned>(ceil_div(columns, ceil_div(columns, kMaxWidth)));
+  return dim3(width, kThreads / width);
+}
 
 inline int64_t channel_blocks(int64_t channels, const Walk& walk, const dim3& block) {
   return ceil_div(channels,
@@ -372,8 +412,8 @@ struct Plan {
   static constexpr int64_t kElementwiseBlocks = 4096;
   static constexpr int64_t kReductionBlocks = 528;
 
-  Plan(const Problem& problem, const View* other, int64_t blocks, int widest)
-      : walk(choose_walk(problem, other, widest)),
+  Plan(const Problem& problem, const View* other, int64_t blocks)
+      : walk(choose_walk(problem, other)),
         block(block_shape(problem, walk)),
         chunking(choose_chunks(problem, walk, block, blocks)) {}
 
@@ -382,9 +422,9 @@ struct Plan {
     return problem.workspace(2 * problem.channels * chunking.chunks);
   }
 
-  dim3 grid(const FeatureList& list) const {
-    const Feature& last = list.items[list.count - 1];
-    const int64_t channels = last.first_channel + last.channels - list.items[0].first_channel;
+  template <typename Inputs>
+  dim3 grid(const Inputs& inputs) const {
+    const int64_t channels = inputs.end_channel() - inputs.first_channel();
     return dim3(channel_blocks(channels, walk, block), chunking.chunks);
   }
 };
@@ -395,38 +435,65 @@ inline dim3 merge_grid(const Problem& problem) {
 
 inline dim3 merge_block() { return dim3(kWarp, kMergeWarps); }
 
-// Calls body(list) for each kMaxFeatures features; empty features have no channels to own.
-template <typename Body>
-void for_each_list(const Problem& problem, const Body& body) {
-  FeatureList list{};
-  for (const Feature& feature : problem.features) {
-    if (feature.channels == 0) continue;
-    list.items[list.count++] = feature;
-    if (list.count == kMaxFeatures) {
-      body(list);
-      list.count = 0;
-    }
-  }
-  if (list.count > 0) body(list);
-}
-
-template <int V, bool kChannelsInner>
+template <int V, bool kChannelsInner, typename Inputs_>
 struct WalkTag {
   static constexpr int vector = V;
   static constexpr bool channels_inner = kChannelsInner;
+  using Inputs = Inputs_;
 };
 
-// Calls body with T, V and the direction as types: the few combinations that kernels exist for.
-template <int kWidest, typename Body>
+// Calls body(inputs) for the matrix, or for each kMaxFeatures features; empty features have no
+// channels to own.
+template <typename Inputs, typename Body>
+void for_each_inputs(const Problem& problem, const Body& body) {
+  if constexpr (std::is_same_v<Inputs, Matrix>) {
+    body(Matrix{problem.features[0]});
+  } else {
+    FeatureList list{};
+    for (const Feature& feature : problem.features) {
+      if (feature.channels == 0) continue;
+      list.items[list.count++] = feature;
+      if (list.count == kMaxFeatures) {
+        body(list);
+        list.count = 0;
+      }
+    }
+    if (list.count > 0) body(list);
+  }
+}
+
+// Calls body with T and V as types, for one matrix.
+template <typename Body>
+void dispatch_matrix(Element element, int vector, const Body& body) {
+  dispatch_element(element, [&](auto element_tag) {
+    constexpr int kFits = 16 / sizeof(element_tag);
+    const auto with_vector = [&](auto v) {
+      body(element_tag, WalkTag<decltype(v)::value, true, Matrix>{});
+    };
+    if (vector == kFits) return with_vector(std::integral_constant<int, kFits>{});
+    if constexpr (kFits > 4) {
+      if (vector == 4) return with_vector(std::integral_constant<int, 4>{});
+    }
+    if constexpr (kFits > 2) {
+      if (vector == 2) return with_vector(std::integral_constant<int, 2>{});
+    }
+    with_vector(std::integral_constant<int, 1>{});
+  });
+}
+
+// Calls body with T, V, the direction and the kind of inputs as types: the few combinations that
+// kernels exist for.
+template <typename Body>
 void dispatch(const Problem& problem, const Walk& walk, const Body& body) {
+  if (walk.matrix) return dispatch_matrix(problem.element, walk.vector, body);
   dispatch_element(problem.element, [&](auto element) {
-    constexpr int kFits = std::min<int>(16 / sizeof(element), kWidest);
+    constexpr int kFits = 16 / sizeof(element);
     const auto with_vector = [&](auto vector) {
       constexpr int V = decltype(vector)::value;
       if (walk.channels_inner) {
-        body(element, WalkTag<V, true>{});
+        body(element, WalkTag<V, true, FeatureList>{});
       } else {
-        body(element, WalkTag<V, false>{});
+        body(element, WalkTag<V, false, FeatureList>{});
       }
     };
     if constexpr (kFits == 8) {

@@ -1,0 +1,200 @@
+// The kernels of a dense block: formulas in ../dense_block.h.
+//
+// Tiling: rows.h, channels inner. With pooling, the pixels of a line (the last dimension) that have
+// the same place in their windows form a matrix: every second row of the line. Its parents, one
+// each, are a line of the pooled tensor.
+// Bytes, per element of x:
+//   accumulate  x and grad_y read once, G read (but by the first reader) and written once
+//   finalise    x and G read once, grad_x written once
+//   pool        x read once, y written once
+// Limit: memory bandwidth. Where a chunk of rows fits the L2 cache, grad_y comes from there.
+#include "../dense_block.h"
+
+#include "correction.h"
+
+namespace efficient_densenet::cpu {
+namespace {
+
+// Lines of pixels: image after image, all but the last dimension counted through. These take a line
+// of the pixels to the line of the pooled tensor that it is pooled into, or to -1, ...
+int64_t parent_line(const Pooling& pooling, int64_t line) {
+  int64_t parent = 0, step = 1;
+  for (int d = pooling.dims - 2; d >= 0; --d) {
+    const int64_t size = pooling.sizes[d], pooled = size / 2, i = line % size;
+    if (i / 2 >= pooled) return -1;
+    parent += i / 2 * step;
+    step *= pooled;
+    line /= size;
+  }
+  return parent + line * step;
+}
+
+// ... and back to the first such line.
+int64_t first_child_line(const Pooling& pooling, int64_t parent) {
+  int64_t line = 0, step = 1;
+  for (int d = pooling.dims - 2; d >= 0; --d) {
+    const int64_t size = pooling.sizes[d], pooled = size / 2;
+    line += 2 * (parent % pooled) * step;
+    step *= size;
+    parent /= pooled;
+  }
+  return line + parent * step;
+}
+
+int64_t line_width(const Pooling& pooling) { return pooling.sizes[pooling.dims - 1]; }
+
+// Rows first, first + step, ... of a view of a dense block.
+template <typename T>
+Matrix<T> matrix(const View& view, int64_t first, int64_t step = 1) {
+  const int64_t stride = view.row_strides[0];
+  return {static_cast<T*>(view.data) + first * stride, step * stride, view.channel_stride};
+}
+
+template <typename T>
+void fill_with_zeros(const Matrix<T>& matrix, const Shape& shape) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    std::fill_n(matrix.data + r * matrix.row_stride, shape.columns, T(0));
+  }
+}
+
+template <typename T>
+std::vector<double> accumulate(const Problem& problem, const Channels<T>& channels,
+                               const Reader& reader) {
+  const Walk walk(problem);
+  const Write mode = reader.first_reader ? Write::kAssign : Write::kAdd;
+  return walk.sums([&](const Tile& tile, double* dz, double* dz_centred) {
+    loops<T>().accumulate(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
+                          walk.of_all<const T>(reader.grad_y, tile),
+                          walk.of_all<acc_t<T>>(reader.grad_features, tile), mode,
+                          channels.at(tile.column), &channels.scale[tile.column], dz, dz_centred);
+  });
+}
+
+// The mean over a window hands each of its pixels an equal share of the gradient. Shares are powers
+// of two, so they may be taken from the scale and from the sums.
+template <typename T>
+std::vector<double> accumulate_pooled(const Problem& problem, const Channels<T>& channels,
+                                      const Reader& reader) {
+  const Pooling& pooling = *reader.pooling;
+  const Write mode = reader.first_reader ? Write::kAssign : Write::kAdd;
+  const int64_t width = line_width(pooling), pooled_width = width / 2;
+  const double share = std::ldexp(1.0, -pooling.dims);
+  std::vector<acc_t<T>> factor(channels.scale);
+  for (acc_t<T>& value : factor) value *= static_cast<acc_t<T>>(share);
+
+  const auto line_sums = [&](int64_t line, double* sums) {
+    const int64_t parent = parent_line(pooling, line);
+    const int64_t covered = parent < 0 ? 0 : 2 * pooled_width;
+    for (int64_t place = 0; place < 2 && covered > 0; ++place) {
+      const int64_t first = line * width + place;
+      loops<T>().accumulate({pooled_width, problem.channels},
+                            matrix<const T>(problem.features[0].x, first, 2),
+                            matrix<const T>(reader.grad_y, parent * pooled_width),
+                            matrix<acc_t<T>>(reader.grad_features, first, 2), mode, channels.at(0),
+                            factor.data(), sums, sums + problem.channels);
+    }
+    if (reader.first_reader) {
+      fill_with_zeros(matrix<acc_t<T>>(reader.grad_features, line * width + covered),
+                      {width - covered, problem.channels});
+    }
+  };
+  std::vector<double> sums = sums_in_parallel(problem.channels, problem.rows.count / width,
+                                              std::max<int64_t>(1, kChunkRows / width),
+                                              [&](int64_t begin, int64_t end, double* sums) {
+                                                for (int64_t line = begin; line < end; ++line)
+                                                  line_sums(line, sums);
+                                              });
+  for (double& sum : sums) sum *= share;
+  return sums;
+}
+
+template <typename T>
+void update_average(void* running, int64_t channel, double factor, double value) {
+  T& average = static_cast<T*>(running)[channel];
+  average = static_cast<T>((1 - factor) * static_cast<acc_t<T>>(average) + factor * value);
+}
+
+}  // namespace
+
+void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const Reader& reader) {
+  dispatch(problem.element, [&](auto element) {
+    using T = decltype(element);
+    const Channels<T> channels(bn, problem.channels, Walk(problem).repeat());
+    const std::vector<double> sums = reader.pooling == nullptr
+                                         ? accumulate(problem, channels, reader)
+                                         : accumulate_pooled(problem, channels, reader);
+    for (size_t i = 0; i < sums.size(); ++i) {
+      reader.sums[i] = (reader.first_chunk ? 0 : reader.sums[i]) + sums[i];
+    }
+    if (!reader.last_chunk) return;
+    finish_sums(channels, reader.sums, reader.grad_weight, reader.grad_bias,
+                reader.batch_statistics, reader.first_reader, reader.correction);
+  });
+}
+
+void dense_block_finalise(const Problem& problem, const View& grad_features, const double* mean,
+                          const Correction& correction) {
+  dispatch(problem.element, [&](auto element) {
+    using T = decltype(element);
+    using Acc = acc_t<T>;
+    const Walk walk(problem);
+    std::vector<Acc> rounded(problem.channels * walk.repeat());
+    std::vector<double> rest(problem.channels);
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      rest[c] = mean[c] - static_cast<Acc>(mean[c]);
+      std::fill_n(&rounded[c * walk.repeat()], walk.repeat(), static_cast<Acc>(mean[c]));
+    }
+    const BatchTerm<T> term(correction, rest, problem.rows.count, walk.repeat());
+    walk.for_each_tile([&](const Tile& tile) {
+      loops<T>().finalise(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
+                          walk.of_all<const Acc>(grad_features, tile),
+                          walk.of_feature<T>(tile.feature.grad_x, tile), &rounded[tile.column],
+                          &term.offset[tile.column], &term.rest[tile.column],
+                          &term.slope[tile.column]);
+    });
+  });
+}
+
+void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling& pooling,
+                      const View& y) {
+  dispatch(problem.element, [&](auto element) {
+    using T = decltype(element);
+    const Channels<T> channels(bn, problem.channels, 1);
+    const View& x = problem.features[0].x;
+    const int64_t width = line_width(pooling), pooled_width = width / 2;
+
+    // Corner `i` of a window is one pixel further in the dimensions whose bits are set in `i`.
+    Window window{{}, 1 << pooling.dims};
+    int64_t pooled_lines = pooling.images, stride = x.row_strides[0];
+    for (int d = pooling.dims - 1, bit = 1; d >= 0; --d, bit *= 2) {
+      for (int i = 0; i < bit; ++i) window.offsets[bit + i] = window.offsets[i] + stride;
+      stride *= pooling.sizes[d];
+      if (d < pooling.dims - 1) pooled_lines *= pooling.sizes[d] / 2;
+    }
+    in_parallel(pooled_lines, width * problem.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t line = begin; line < end; ++line) {
+        loops<T>().pool({pooled_width, problem.channels},
+                        matrix<const T>(x, first_child_line(pooling, line) * width, 2), window,
+                        matrix<T>(y, line * pooled_width), channels.at(0));
+      }
+    });
+  });
+}
+
+void update_running_statistics(const std::vector<RunningStatistics>& norms, int64_t rows, void*) {
+  const double unbiased = static_cast<double>(rows) / static_cast<double>(rows - 1);
+  for (const RunningStatistics& norm : norms) {
+    const double batches = norm.num_batches_tracked == nullptr ? 0 : ++*norm.num_batches_tracked;
+    const double cumulative = batches > 0 ? 1 / batches : 0;
+    const double factor = std::isnan(norm.momentum) ? cumulative : norm.momentum;
+    dispatch(norm.element, [&](auto element) {
+      using T = decltype(element);
+      for (int64_t c = 0; c < norm.channels; ++c) {
+        update_average<T>(norm.running_mean, c, factor, norm.mean[c]);
+        update_average<T>(norm.running_var, c, factor, norm.var[c] * unbiased);
+      }
+    });
+  }
+}
+
+}  // namespace efficient_densenet::cpu

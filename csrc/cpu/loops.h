@@ -1,0 +1,99 @@
+// The inner loops of the CPU kernels, compiled once per instruction set (loops_impl.h), and the
+// choice between them at run time. They see matrices: each column has numbers of its own (those of
+// a channel), and whatever is summed is summed down the columns, row after row, so results do not
+// depend on the width of a vector. Everything around them (threads, layouts) is compiled once.
+//
+// Only plain structs cross this border: a function template or an inline function that both sides
+// instantiate would be one symbol for the linker, which might keep the copy with AVX-512 in it.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+// Elsewhere the compiler's own target (NEON on aarch64, -march) is all there is.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EFFICIENT_DENSENET_X86_LEVELS 1
+#endif
+
+namespace efficient_densenet::cpu {
+
+// Arithmetic on single elements; sums over rows are always double.
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+struct Shape {
+  int64_t rows, columns;
+};
+
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t row_stride, column_stride;
+};
+
+// Of y = relu((x - mean) * scale + bias), for each column.
+template <typename T>
+struct Numbers {
+  const acc_t<T>*mean, *scale, *bias;
+};
+
+enum class Write { kNothing, kAssign, kAdd };
+
+// Pixels of a pooling window, as offsets of elements from the first one.
+struct Window {
+  int64_t offsets[8];
+  int size;
+};
+
+template <typename T>
+struct Loops {
+  // Adds x - pivot and its square to the sums; copies x where copy has data.
+  void (*moments)(Shape, Matrix<const T> x, Matrix<T> copy, const double* pivot, double* sum,
+                  double* sum_of_squares);
+  void (*normalise)(Shape, Matrix<const T> x, Matrix<T> y, Numbers<T>);
+  // With dz = grad_y where the ReLU was open: writes factor * dz to g, adds dz and dz * (x - mean)
+  // to the sums.
+  void (*accumulate)(Shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<acc_t<T>> g, Write,
+                     Numbers<T>, const acc_t<T>* factor, double* dz, double* dz_centred);
+  // grad_x = scale * dz - offset - (x - mean) * slope; grad_y may be the memory of grad_x.
+  void (*gradient)(Shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> grad_x, Numbers<T>,
+                   const acc_t<T>* offset, const acc_t<T>* slope);
+  // grad_x = g - (offset + ((x - mean) * slope + rest)): g meets a number that differs in every row
+  void (*finalise)(Shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
+                   const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
+                   const acc_t<T>* slope);
+  // y = mean of relu(normalise(x)) over a window
+  void (*pool)(Shape, Matrix<const T> x, const Window&, Matrix<T> y, Numbers<T>);
+};
+
+struct AllLoops {
+  Loops<double> of_double;
+  Loops<float> of_float;
+  Loops<c10::Half> of_half;
+  Loops<c10::BFloat16> of_bfloat16;
+};
+
+extern const AllLoops kBaselineLoops, kAvx2Loops, kAvx512Loops;
+
+// Those of the best instruction set that this machine has and ATEN_CPU_CAPABILITY, torch's own
+// setting (default, avx2, avx512), allows.
+const AllLoops& all_loops();
+
+template <typename T>
+const Loops<T>& loops() {
+  const AllLoops& all = all_loops();
+  if constexpr (std::is_same_v<T, double>) {
+    return all.of_double;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return all.of_float;
+  } else if constexpr (std::is_same_v<T, c10::Half>) {
+    return all.of_half;
+  } else {
+    return all.of_bfloat16;
+  }
+}
+
+}  // namespace efficient_densenet::cpu

@@ -1,0 +1,95 @@
+// Shared by the backward kernels: where the ReLU lets the gradient through, and the sums over rows
+//
+//   sum(dz)  and  sum(dz * (x - rounded mean))
+//
+// of each channel, from which follow the gradients of weight and bias and what the statistics of
+// the batch send back. A thread's sums are in the arithmetic type, all others in double, in an
+// order that depends on the shape alone.
+#pragma once
+
+#include "tile.cuh"
+
+namespace efficient_densenet::cuda {
+
+template <typename T>
+__device__ acc_t<T> masked(const Channel<acc_t<T>>& channel, acc_t<T> x, acc_t<T> grad_y) {
+  return relu_is_open<T>(channel.normalise(x)) ? grad_y : acc_t<T>(0);
+}
+
+// Sums over rows, of one channel.
+template <typename Real>
+struct Sums {
+  Real dz, dz_centred;  // dz, dz * (x - rounded mean)
+
+  __device__ void add(Real other_dz, Real other_dz_centred) {
+    dz += other_dz;
+    dz_centred += other_dz_centred;
+  }
+};
+
+// A block's sums, from those of its threads: one partial result per channel and chunk.
+template <typename Acc, int kChannels>
+__device__ void write_partial_sums(const Sums<Acc> (&own)[kChannels], bool active, int64_t channel,
+                                   const Chunking& chunking, double* partial_dz,
+                                   double* partial_dz_centred) {
+  __shared__ double shared_dz[kChannels][kThreads], shared_dz_centred[kChannels][kThreads];
+  Sums<double> sums[kChannels] = {};
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) sums[k].add(own[k].dz, own[k].dz_centred);
+  reduce_threads(
+      [&](int i) {
+#pragma unroll
+        for (int k = 0; k < kChannels; ++k) {
+          shared_dz[k][i] = sums[k].dz;
+          shared_dz_centred[k][i] = sums[k].dz_centred;
+        }
+      },
+      [&](int i) {
+#pragma unroll
+        for (int k = 0; k < kChannels; ++k) {
+          sums[k].add(shared_dz[k][i], shared_dz_centred[k][i]);
+        }
+      });
+  if (!active || threadIdx.y != 0) return;
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    const int64_t i = partial_index(chunking, channel + k);
+    partial_dz[i] = sums[k].dz;
+    partial_dz_centred[i] = sums[k].dz_centred;
+  }
+}
+
+// The sums of channel c over all chunks, with the first thread of a warp.
+__device__ inline Sums<double> merged_sums(int64_t c, const Chunking& chunking,
+                                           const double* partial_dz,
+                                           const double* partial_dz_centred) {
+  Sums<double> sums{};
+  for (int chunk = threadIdx.x; chunk < chunking.chunks; chunk += kWarp) {
+    const int64_t i = c * chunking.chunks + chunk;
+    sums.add(partial_dz[i], partial_dz_centred[i]);
+  }
+  for (int half = kWarp / 2; half > 0; half /= 2) {
+    sums.add(__shfl_down_sync(~0u, sums.dz, half), __shfl_down_sync(~0u, sums.dz_centred, half));
+  }
+  return sums;
+}
+
+// What follows from the sums of channel c over all rows.
+template <typename Acc>
+struct ChannelGradients {
+  double grad_bias, grad_weight, inverse_std;
+
+  __device__ ChannelGradients(const Sums<double>& sums, const BatchNorm& bn, int64_t c) {
+    inverse_std = Channel<Acc>::inverse_sqrt(bn.var[c] + bn.eps);
+    const double rest = Channel<Acc>::load(bn, c).rest;
+    grad_bias = sums.dz;
+    grad_weight = (sums.dz_centred - rest * sums.dz) * inverse_std;
+  }
+
+  __device__ void write(void* grad_weights, void* grad_biases, int64_t c) const {
+    static_cast<Acc*>(grad_biases)[c] = static_cast<Acc>(grad_bias);
+    static_cast<Acc*>(grad_weights)[c] = static_cast<Acc>(grad_weight);
+  }
+};
+
+}  // namespace efficient_densenet::cuda

@@ -1,0 +1,410 @@
+"""A whole dense block as one operator: linear memory, and a loop over layers in C++.
+
+Every layer appends its new features to one buffer, which is the block's output, so nothing is ever
+concatenated. The statistics of a channel are taken once, and gradients are added up in place in one
+buffer of the same shape. What a layer normalises is scratch, recomputed in the backward pass
+(arXiv:1707.06990; docs/design.md, "The dense block").
+
+The operators ``torch.ops.efficient_densenet.dense_block*`` (csrc/dense_block.cpp) do the work; this
+module adds autograd, autocast and the packing of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _extension  # noqa: F401  registers the operators
+from ._arguments import check_block_arguments, check_more_than_one_value
+from ._out_of_memory import out_of_memory_as_torch_raises_it
+from .batch_norm import BatchNorm, RunningStatistics
+from .layout import dense_strides, is_channels_last, plain_formats
+
+_ops = torch.ops.efficient_densenet
+
+
+class DenseLayer(NamedTuple):
+    """``conv2(relu(norm2(conv1(relu(norm1(x))))))``, from C to k channels.
+
+    Args:
+        norm1: over C channels.
+        conv1: ``[B, C, 1, ...]``, one 1 per spatial dimension.
+        norm2: over B channels.
+        conv2: ``[k, B, *kernel]`` with odd sizes; stride 1, padded to keep the spatial sizes.
+    """
+
+    norm1: BatchNorm
+    conv1: Tensor
+    norm2: BatchNorm
+    conv2: Tensor
+
+
+def dense_block(
+    x: Tensor,
+    layers: Sequence[DenseLayer],
+    drop_rate: float = 0.0,
+    recompute: str = "bottleneck",
+) -> Tensor:
+    """A dense block: every layer reads all features so far and appends k new ones.
+
+    Equals, in values, gradients and running statistics::
+
+        for layer in layers:
+            y = F.conv2d(F.relu(batch_norm(x, layer.norm1)), layer.conv1)
+            y = F.conv2d(F.relu(batch_norm(y, layer.norm2)), layer.conv2, padding=1)
+            x = torch.cat([x, F.dropout(y, drop_rate)], 1)
+
+    The result is channels-last and **is itself kept for the backward pass**: writing to it in place
+    raises autograd's error there. Running statistics are updated once per call, after everything
+    else has succeeded. Once differentiable.
+
+    Args:
+        x: ``[N, C_0, *spatial]`` with 1 to 3 spatial dimensions, any strides; float64, float32,
+            float16 or bfloat16; CPU or CUDA.
+        layers: at least one; all with the same B and k, ``layers[l]`` reading ``C_0 + l k``
+            channels. Convolutions have the dtype of x (under autocast they are cast to its dtype
+            with x), norms too, or float32 where that is a 16-bit type.
+        drop_rate: probability of dropout after each layer, in ``[0, 1)``; masks are those of
+            ``F.dropout`` for the same seed.
+        recompute: what is kept for the backward pass besides the features. ``"bottleneck"``: the
+            B channels of each layer's bottleneck, so that only normalisations are recomputed.
+            ``"features"``: nothing, for about a fifth of the memory at B = 4 k; the 1x1
+            convolutions are then recomputed too.
+
+    Returns:
+        ``[N, C_0 + L k, *spatial]``, of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was changed.
+        torch.OutOfMemoryError: running statistics are as before.
+    """
+    return Plan(x, layers, drop_rate, recompute).run(x)
+
+
+class Plan:
+    """A dense block, and its last reader where one is given, ready to run on inputs like ``x``.
+
+    Arguments are those of :func:`dense_block`, checked here once, and:
+
+    Args:
+        reader: the result is ``relu(batch_norm(features, reader))``, and the features are kept
+            inside. The reader shares the statistics and the gradient buffer of the block. The
+            result is channels-last.
+        pool: average the result over windows of 2 with stride 2 in every spatial dimension.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        layers: Sequence[DenseLayer],
+        drop_rate: float = 0.0,
+        recompute: str = "bottleneck",
+        reader: BatchNorm | None = None,
+        pool: bool = False,
+    ) -> None:
+        self.dtype = check_block_arguments(x, layers, drop_rate, recompute, reader)
+        self.layers = tuple(layers)
+        self.drop_rate = float(drop_rate)
+        self.keeps_bottlenecks = recompute == "bottleneck"
+        self.reads = reader is not None
+        self.pool = pool
+        # In the order of csrc/dense_block.cpp.
+        self.norms = [*(la.norm1 for la in layers), *(la.norm2 for la in layers)]
+        self.norms += [] if reader is None else [reader]
+        self.growth, self.bottleneck = layers[0].conv2.shape[:2]
+        in_channels = [layer.conv1.size(1) for layer in layers]
+        self.channels = in_channels[-1] + self.growth
+        self.norm_channels = [*in_channels, *[self.bottleneck] * len(layers)]
+        self.norm_channels += [self.channels] * self.reads
+        self.frozen_norms = [i for i, norm in enumerate(self.norms) if not norm.training]
+        self.trains_norms = len(self.frozen_norms) < len(self.norms)
+        self.eps = [float(norm.eps) for norm in self.norms]
+        self.weights = [norm.weight for norm in self.norms]
+        self.biases = [norm.bias for norm in self.norms]
+        self.conv1 = [layer.conv1 for layer in layers]
+        self.conv2 = [layer.conv2 for layer in layers]
+        # Everything but x that a gradient can be wanted for.
+        self.parameters = [*self.weights, *self.biases, *self.conv1, *self.conv2]
+        first_of_z = range(
+            self.channels, self.channels + len(layers) * self.bottleneck, self.bottleneck
+        )
+        begins = [*[0] * len(layers), *first_of_z, *[0] * self.reads]
+        self.running_statistics = RunningStatistics(
+            [(begin, n) for begin, n in zip(begins, self.norms, strict=True) if n.training]
+        )
+
+    @torch.compiler.disable  # memory shared between layers is not for a compiler to trace
+    def run(self, x: Tensor) -> Tensor:
+        if self.trains_norms:
+            check_more_than_one_value(x, x.size(1))
+        keeps = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (x, *self.parameters)
+        )
+        if keeps:
+            result = _DenseBlock.apply(self, x, *self.parameters)
+        else:
+            with torch.no_grad():
+                result = _forward(self, x, keeps=False).result
+        # As torch.cat of a float32 input and 16-bit features under autocast.
+        return result.to(torch.promote_types(x.dtype, self.dtype))
+
+    def count_batch(self) -> None:
+        """What an empty batch changes."""
+        for norm in self.norms:
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+
+
+class _Packed(NamedTuple):
+    """All parameters in few tensors, as csrc/dense_block.cpp describes them."""
+
+    conv1: Tensor
+    conv2: Tensor
+    affine: Tensor
+    frozen: Tensor | None
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs."""
+
+    features: Tensor
+    bottlenecks: Tensor | None
+    statistics: Tensor
+    dropout_mask: Tensor | None
+    conv1: Tensor
+    conv2: Tensor
+    affine: Tensor
+    frozen: Tensor | None
+
+
+class _Forward(NamedTuple):
+    result: Tensor
+    kept: _Kept | None
+
+
+def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
+    sizes = x.size(0), plan.channels, *x.shape[2:]
+    features = _new_features(plan, sizes, x)
+    result = features
+    if plan.reads:
+        pooled = [size // 2 for size in sizes[2:]] if plan.pool else sizes[2:]
+        result = _new_channels_last((*sizes[:2], *pooled), features)
+    features[:, : x.size(1)].copy_(x)
+    rows = x.numel() // x.size(1)
+    if rows == 0:
+        plan.count_batch()
+        return _Forward(result, None)
+    packed = _pack(plan, x)
+    layers = len(plan.layers)
+    statistics = x.new_empty((2, plan.channels + layers * plan.bottleneck), dtype=torch.float64)
+    bottlenecks = None
+    if keeps and plan.keeps_bottlenecks:
+        bottlenecks = features.new_empty((layers, rows, plan.bottleneck))
+    mask = _dropout_mask(plan, x) if plan.drop_rate > 0 else None
+    with out_of_memory_as_torch_raises_it(x.device):
+        _ops.dense_block(
+            features, bottlenecks, statistics, *packed, *_settings(plan, features, mask),
+            result if plan.reads else None, plan.pool,
+        )  # fmt: skip
+    # Last, so that an error leaves them as they were.
+    plan.running_statistics.update(statistics[0], statistics[1], rows)
+    return _Forward(result, _Kept(features, bottlenecks, statistics, mask, *packed))
+
+
+def _settings(plan: Plan, features: Tensor, mask: Tensor | None) -> tuple:
+    scale = 1 / (1 - plan.drop_rate)
+    return plan.frozen_norms, plan.eps, mask, scale, _convolutions_as_products(features)
+
+
+class _DenseBlock(torch.autograd.Function):
+    """Saves the features, per-channel numbers, packed weights and, if asked to, bottlenecks."""
+
+    @staticmethod
+    def forward(ctx, plan, x, *parameters):
+        result, kept = _forward(plan, x, keeps=True)
+        ctx.plan = plan
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(kept or ()))
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_result):
+        if grad_result is None:
+            return (None,) * len(ctx.needs_input_grad)
+        plan, needed = ctx.plan, ctx.needs_input_grad[1:]
+        if not ctx.saved_tensors:  # an empty batch
+            x = grad_result.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
+            zeros = [x, *(None if p is None else torch.zeros_like(p) for p in plan.parameters)]
+            return None, *(g if needs else None for g, needs in zip(zeros, needed, strict=True))
+        kind = grad_result.device.type
+        # The forward pass has done its casts.
+        autocast = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            return None, *_backward(ctx, _Kept(*ctx.saved_tensors), grad_result, needed)
+
+
+def _backward(ctx, kept: _Kept, grad_result: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    plan, layers = ctx.plan, len(ctx.plan.layers)
+    needs_conv1, needs_conv2 = list(needed[-2 * layers : -layers]), list(needed[-layers:])
+    features = kept.features
+    # At least float32: docs/design.md, "The dense block".
+    wide = torch.promote_types(features.dtype, torch.float32)
+    grad_features = _new_channels_last(features.shape, features, wide)
+    grad_y = None
+    if plan.reads:
+        grad_y = _in_channels_last(grad_result, features.dtype)
+    else:
+        grad_features.copy_(grad_result)
+    grad_x = _new_channels_last(ctx.x_shape, features) if needed[0] else None
+    grad_affine = torch.empty_like(kept.affine)
+    # Of 16-bit products, sums over chunks of rows.
+    grad_conv1 = torch.empty_like(kept.conv1, dtype=wide) if any(needs_conv1) else None
+    grad_conv2 = torch.empty_like(kept.conv2) if any(needs_conv2) else None
+    with out_of_memory_as_torch_raises_it(features.device):
+        _ops.dense_block_backward(
+            grad_y, grad_features, grad_x, features, kept.bottlenecks, kept.statistics,
+            kept.conv1, kept.conv2, kept.affine, kept.frozen,
+            *_settings(plan, features, kept.dropout_mask), plan.pool,
+            grad_affine, grad_conv1, needs_conv1, grad_conv2, needs_conv2,
+        )  # fmt: skip
+    if grad_x is not None:
+        grad_x = grad_x.to(ctx.x_dtype)
+    gradients = [grad_x, *_unpack_gradients(plan, grad_affine, grad_conv1, grad_conv2)]
+    return [gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Packing
+
+
+def _pack(plan: Plan, x: Tensor) -> _Packed:
+    wide = torch.promote_types(plan.dtype, torch.float32)
+    affine = [
+        x.new_full((channels,), default, dtype=wide) if tensor is None else tensor
+        for tensors, default in ((plan.weights, 1), (plan.biases, 0))
+        for tensor, channels in zip(tensors, plan.norm_channels, strict=True)
+    ]
+    frozen = None
+    if plan.frozen_norms:
+        used = [plan.norms[i] for i in plan.frozen_norms]
+        running = [*(norm.running_mean for norm in used), *(norm.running_var for norm in used)]
+        frozen = torch.cat(running).to(torch.float64).view(2, -1)
+    return _Packed(
+        torch.cat([weight.reshape(-1) for weight in plan.conv1]).to(plan.dtype),
+        _pack_conv2(plan.conv2).to(plan.dtype),
+        torch.cat(affine).to(wide).view(2, -1),
+        frozen,
+    )
+
+
+def _pack_conv2(weights: Sequence[Tensor]) -> Tensor:
+    """``[L, k, *kernel, B]``, contiguous."""
+    inner = [weight.movedim(1, -1) for weight in weights]
+    if all(weight.is_contiguous() for weight in inner):  # channels-last weights
+        return torch.stack(inner)
+    return torch.stack(list(weights)).movedim(2, -1).contiguous()
+
+
+def _unpack_gradients(
+    plan: Plan, grad_affine: Tensor, grad_conv1: Tensor | None, grad_conv2: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of the parameters, each with the dtype and memory format of its own."""
+    dtype = next((p.dtype for p in (*plan.weights, *plan.biases) if p is not None), None)
+    rows = grad_affine if dtype is None else grad_affine.to(dtype)
+    gradients = [*rows[0].split(plan.norm_channels), *rows[1].split(plan.norm_channels)]
+    if grad_conv1 is None:
+        gradients += [None] * len(plan.conv1)
+    else:
+        sizes = [weight.numel() for weight in plan.conv1]
+        parts = grad_conv1.to(plan.conv1[0].dtype).split(sizes)
+        gradients += [part.view(w.shape) for part, w in zip(parts, plan.conv1, strict=True)]
+    if grad_conv2 is None:
+        gradients += [None] * len(plan.conv2)
+    else:
+        images = grad_conv2.to(plan.conv2[0].dtype).movedim(-1, 2)  # channels-last, each
+        gradients += (images if is_channels_last(plan.conv2[0]) else images.contiguous()).unbind(0)
+    return [
+        g if g is None or p is None or g.dtype == p.dtype else g.to(p.dtype)
+        for g, p in zip(gradients, plan.parameters, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+
+
+def _new_channels_last(
+    sizes: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    strides = dense_strides(sizes, channels_last=True)
+    return like.new_empty_strided(tuple(sizes), strides, dtype=dtype)
+
+
+def _in_channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    strides = dense_strides(x.shape, channels_last=True)
+    if x.dtype == dtype and x.stride() == tuple(strides):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device).copy_(x)
+
+
+def _new_features(plan: Plan, sizes: Sequence[int], x: Tensor) -> Tensor:
+    """The block's buffer; its rows are padded where nobody sees it, for wide accesses."""
+    padded = [*sizes]
+    if plan.reads:
+        padded[1] = -(-plan.channels // 8) * 8
+    strides = dense_strides(padded, channels_last=True)
+    return x.new_empty_strided(tuple(sizes), strides, dtype=plan.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings of torch
+
+
+def _convolutions_as_products(features: Tensor) -> bool:
+    """Whether 1x1 convolutions may run as matrix products, which have TF32 settings of their own.
+
+    Both of torch's ways to set TF32 end in what is asked here; the older attributes raise once
+    the newer were used.
+    """
+    if features.dtype != torch.float32:
+        return True
+    backend = "cuda" if features.is_cuda else "mkldnn"
+    convolution, product = (
+        torch._C._get_fp32_precision_getter(backend, operator) for operator in ("conv", "matmul")
+    )
+    exact = ("none", "ieee")
+    return convolution == product or (convolution in exact and product in exact)
+
+
+def _dropout_mask(plan: Plan, x: Tensor) -> Tensor:
+    """``[L, N, *spatial, k]``: where dropout keeps the new features of each layer.
+
+    F.dropout draws in the order of memory, so the formats of the plain composition matter.
+    """
+    n, _, *spatial = x.shape
+    mask = x.new_empty((len(plan.layers), n, *spatial, plan.growth), dtype=torch.bool)
+    formats = plain_formats(x, [(layer.conv1, layer.conv2) for layer in plan.layers])
+    for layer, channels_last in enumerate(formats):
+        sizes = n, plan.growth, *spatial
+        ones = x.new_empty_strided(sizes, dense_strides(sizes, channels_last), dtype=plan.dtype)
+        kept = F.dropout(ones.fill_(1), plan.drop_rate)
+        mask[layer].copy_(kept.movedim(1, -1))
+    return mask
+
+
+@torch.library.register_fake("efficient_densenet::dense_block")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("efficient_densenet::dense_block_backward")
+def _(*args):
+    return None

@@ -1,0 +1,53 @@
+"""Memory formats of ``[N, C, *spatial]`` tensors with any number of spatial dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """As ``torch.cat`` and convolutions see it: channels, columns, rows, images, from the inside.
+
+    Where sizes of 1 make a tensor both, it is contiguous.
+    """
+    if x.dim() not in (4, 5):
+        return False
+    smallest = 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        stride = x.stride(d)
+        if x.size(d) == 0 or stride < smallest or (d == 0 and smallest == x.stride(1)):
+            return False
+        smallest = stride * max(x.size(d), 1)
+    return x.stride(1) != 0
+
+
+def dense_strides(sizes: Sequence[int], channels_last: bool) -> list[int]:
+    """Strides without gaps, with the channels outside or inside of the spatial dimensions."""
+    dims = range(len(sizes))
+    order = [0, *dims[2:], 1] if channels_last else dims  # outermost first
+    strides = [1] * len(sizes)
+    stride = 1
+    for d in reversed(order):
+        strides[d] = stride
+        stride *= max(sizes[d], 1)
+    return strides
+
+
+def convolution_is_channels_last(x: Tensor, x_is_channels_last: bool, weight: Tensor) -> bool:
+    """The memory format of torch's convolution of an x of some format, of the dtype of ``x``."""
+    if x.dtype == torch.float64 and (x.is_cuda or x.dim() == 5):  # know no other
+        return False
+    return x_is_channels_last or is_channels_last(weight)
+
+
+def plain_formats(x: Tensor, convolutions: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Whether the new features of each dense layer are channels-last in the plain composition."""
+    concatenation, formats = is_channels_last(x), []
+    for conv1, conv2 in convolutions:
+        bottleneck = convolution_is_channels_last(x, concatenation, conv1)
+        formats.append(convolution_is_channels_last(x, bottleneck, conv2))
+        concatenation = concatenation and formats[-1]
+    return formats

@@ -1,0 +1,256 @@
+"""The benchmarks of a train step: what they measure, refuse and write, on small networks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from reference import requires_cuda
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import common  # noqa: E402
+import memory_vs_depth  # noqa: E402
+import train_step  # noqa: E402
+from memory_vs_depth import Fit  # noqa: E402
+from train_step import Job, Network, Row  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads than cores wait for one another, when other programs run, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes jobs of a network that is quick on a CPU."""
+    network = Network(4, (2, 3), num_init_features=8, small_inputs=True)
+    monkeypatch.setitem(train_step.NETWORKS, "tiny", network)
+
+    def job(row, precision="fp32", device="cpu"):
+        return Job(
+            "tiny", precision, row, 4, steps=3, warmup=1, device=device, cudnn_benchmark=False
+        )
+
+    return job
+
+
+# ------------------------------------------------------------------------------------ train_step
+
+
+def test_rows_come_from_processes_of_their_own(tmp_path):
+    options = "--device cpu --batch 2 --steps 2 --warmup 1 --config bc100 --precision fp32 "
+    options += f"--rows plain ours --out {tmp_path}"
+    command = [sys.executable, BENCHMARKS / "train_step.py", *options.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "train_step.json").read_text())
+    assert {"device", "torch", "commit", "command", "build"} <= content["origin"].keys()
+    assert options in content["origin"]["command"]
+    assert [row["row"] for row in content["rows"]] == ["plain", "ours"]
+    for row in content["rows"]:
+        assert row.keys() == Row.__dataclass_fields__.keys()
+        assert 0 < row["step_ms_min"] <= row["step_ms"]
+        assert row["logits_error"] < 1e-4 and row["note"] == ""
+        for name in ("activation_bytes", "reserved_bytes", "graph_ms", "graph_ms_min"):
+            assert row[name] is None
+    assert (tmp_path / "train_step.md").read_text() == done.stdout.removesuffix("\n")
+
+
+@pytest.mark.parametrize("row", train_step.EAGER_ROWS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
+def test_every_row_does_the_same_work(tiny, row, precision):
+    if row not in common.DENSENETS:
+        pytest.importorskip(row.removesuffix("-me"))
+    measured = train_step.measure(tiny(row, precision))
+    assert measured.note == "" and measured.step_ms > 0
+
+
+def test_wrong_results_are_not_timed(tiny, monkeypatch):
+    def without_a_relu(**settings):
+        model = common.DENSENETS["plain"](**settings)
+        model.features.denseblock2.denselayer1.relu2 = nn.Identity()
+        return model
+
+    monkeypatch.setitem(train_step.MODELS, "ours", without_a_relu)
+    row = train_step.measure(tiny("ours"))
+    assert "not timed" in row.note and row.step_ms is None
+
+
+def test_failures_become_rows(tiny, monkeypatch):
+    def out_of_memory(**settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def broken(**settings):
+        raise ValueError("first line\nof more")
+
+    monkeypatch.setitem(train_step.MODELS, "checkpoint", out_of_memory)
+    monkeypatch.setitem(train_step.MODELS, "timm", broken)
+    assert train_step.measure(tiny("checkpoint")).note == "out of memory"
+    assert train_step.measure(tiny("timm")).note == "ValueError: first line of more"
+    monkeypatch.setattr(sys, "executable", "false")
+    assert train_step.measure_in_process(tiny("plain")).note == "exit status 1: no output"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="captures where there is a GPU")
+def test_a_missing_graph_says_why(tiny):
+    assert train_step.graph_times(None, 1)["note"].startswith("no graph: ")
+
+
+@requires_cuda
+@pytest.mark.parametrize("row", train_step.DENSENETS)
+def test_row_of_a_gpu(tiny, row):
+    measured = train_step.measure(tiny(row, device="cuda"))
+    assert measured.step_ms > 0 and 0 < measured.activation_bytes < measured.reserved_bytes
+    assert measured.graph_ms or measured.note.startswith("no graph: ")
+
+
+@requires_cuda
+def test_profile(tiny):
+    text = train_step.profile(tiny("ours", device="cuda"))
+    assert "tiny fp32 ours" in text and "kernels" in text
+    assert 5 < text.count("\n|") <= train_step.PROFILED_KERNELS + 2
+
+
+def test_table():
+    rows = [
+        Row("bc100", "tf32", "plain", 64, 1e-6, 52.4, 39.1, 16.33, 16.29, 2_276_000_000, 10**9),
+        Row("bc190", "fp32", "ours", 64, note="out | of memory"),
+    ]
+    lines = train_step.table(rows).splitlines()
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    numbers = ["52.40", "39.10", "16.33", "16.29", "2.276", "1.000"]
+    assert cells[2] == ["bc100", "tf32", "plain", *numbers, ""]
+    assert cells[3][:9] == ["bc190", "fp32", "ours", *"------"]
+    assert "out \\| of memory" in lines[3]
+
+
+def chosen(arguments):
+    jobs = train_step.jobs(train_step.parse(["--device", "cpu", *arguments.split()]))
+    return {(job.config, job.precision) for job in jobs}, {job.row for job in jobs}
+
+
+def test_choice_of_rows():
+    assert chosen("") == (set(train_step.PUBLISHED), set(common.DENSENETS))
+    pairs = {("bc190", "fp32"), ("bc190", "tf32"), ("bc190", "bf16")}
+    assert chosen("--config bc190 --rows timm ours") == (pairs, {"timm", "ours"})
+    pairs, rows = chosen("--all")
+    assert len(pairs) == len(train_step.NETWORKS) * len(train_step.PRECISIONS)
+    assert rows == set(train_step.EAGER_ROWS)
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        (train_step, "--batch 0", "--batch: expected a positive integer, got '0'"),
+        (train_step, "--config densenet", "--config: invalid choice: 'densenet'"),
+        (train_step, "", "torch sees no GPU"),
+        (train_step, "--device cpu --profile ours", "one --config and one --precision"),
+        (train_step, "--device cpu --profile ours --config bc100 --precision fp32", "of a GPU"),
+        (memory_vs_depth, "", "torch sees no GPU"),
+        (memory_vs_depth, "--device cpu --depths 2 4 4 6", "four different depths or more"),
+        (memory_vs_depth, "--plot missing.json", "no file missing.json"),
+    ],
+)
+def test_wrong_arguments(script, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit_:
+        script.parse(arguments.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_commit_of_a_copy(monkeypatch):
+    monkeypatch.setenv("EFFICIENT_DENSENET_COMMIT", "0123abc")
+    source = common.origin("cpu", "python benchmarks/train_step.py")
+    assert source["commit"] == "0123abc"
+    assert "commit 0123abc\n- `python benchmarks/train_step.py`" in common.origin_lines(source)
+
+
+# ------------------------------------------------------------------------------- memory_vs_depth
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1, 1.5, 2])
+@pytest.mark.parametrize("constant", [0, 7e8])
+def test_fit_recovers_a_planted_exponent(exponent, constant):
+    depths = memory_vs_depth.DEPTHS
+    fit = Fit.to(depths, [constant + 3e6 * n**exponent for n in depths])
+    assert fit.exponent == exponent
+    assert fit.constant == pytest.approx(constant, abs=1e3)
+    assert fit(100) == pytest.approx(constant + 3e6 * 100**exponent)
+
+
+@pytest.mark.parametrize("exponent", [1, 1.5, 2])
+def test_fit_bears_noise(exponent):
+    """Of alternating signs, as unlike a power as it gets."""
+    depths = memory_vs_depth.DEPTHS
+    values = [n**exponent * (1 + 0.005 * (-1) ** i) for i, n in enumerate(depths)]
+    assert Fit.to(depths, values).exponent == pytest.approx(exponent, abs=0.06)
+
+
+def test_memory_vs_depth(tmp_path, capsys):
+    arguments = f"--device cpu --batch 2 --depths 2 4 7 10 --out {tmp_path}".split()
+    assert memory_vs_depth.main(arguments) == 0
+    text = (tmp_path / "memory_vs_depth.md").read_text()
+    assert capsys.readouterr().out.startswith(text)
+    content = json.loads((tmp_path / "memory_vs_depth.json").read_text())
+    assert content["depths"] == [2, 4, 7, 10] and "kept" in content["measured"]
+    rows = content["rows"]
+    assert list(rows) == list(common.DENSENETS)
+    assert rows["plain"]["fit"]["exponent"] > 1.3
+    for name in ("ours", "ours-features"):
+        assert rows[name]["fit"]["exponent"] < memory_vs_depth.LINEAR
+        assert (
+            rows[name]["bytes"][-1] < rows["checkpoint"]["bytes"][-1] < rows["plain"]["bytes"][-1]
+        )
+
+
+def test_memory_that_is_not_linear_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(common.DENSENETS, "ours", common.DENSENETS["plain"])
+    arguments = f"--device cpu --batch 1 --depths 1 2 3 5 --out {tmp_path}".split()
+    assert memory_vs_depth.main(arguments) == 1
+    assert capsys.readouterr().err == "not linear in depth: ours\n"
+
+
+def content_of(nbytes):
+    return {
+        "measured": memory_vs_depth.MEASURED["cuda"],
+        "origin": {"device": "a GPU"},
+        "batch": 64,
+        "depths": [4, 8, 16, 24, 32],
+        "rows": {"plain": {"bytes": nbytes}},
+    }
+
+
+@pytest.mark.parametrize("nbytes", [[1, 2, 4, 6, 8], [1, 4, 16, None, None]])
+def test_plot_of_an_earlier_run(tmp_path, nbytes):
+    """Also where memory ran out, and too little is left to fit."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content_of([n and n * 10**9 for n in nbytes])))
+    assert memory_vs_depth.main(["--plot", str(path)]) == 0
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    content = content_of([1, 2, 3, 4, 5])
+    content["origin"] = common.origin("cpu", "command")
+    curves = {"plain": memory_vs_depth.Curve(content["depths"], [1, 2, 3, 4, 5])}
+    memory_vs_depth.write(content, curves, tmp_path)
+    assert "--plot" in capsys.readouterr().out
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]

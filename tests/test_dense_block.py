@@ -1,0 +1,1110 @@
+"""The dense block: values, gradients, statistics, memory, the settings of the user, and hooks."""
+
+import copy
+import gc
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from block_reference import (
+    MODES,
+    RECOMPUTE,
+    assert_block_matches,
+    block_errors,
+    make_block_problem,
+    map_tensors,
+    plain_batch_norm,
+    plain_dense_block,
+    run,
+)
+from efficient_densenet import DenseBlock, dense_block
+from reference import (
+    DTYPES,
+    FORMATS,
+    assert_error_ratio,
+    assert_error_rule,
+    relative_error,
+    requires_cuda,
+)
+
+SHAPES = [(4, 15), (3, 4, 6), (2, 3, 4, 5)]  # batch and spatial sizes
+TINY = [(3, 3), (2, 2, 2), (2, 1, 2, 2)]
+FEW = dict(num_layers=2, channels=2, growth_rate=1, bottleneck=3)
+BOTH = pytest.mark.parametrize("recompute", RECOMPUTE)
+
+
+def by_dtype(*dtypes):
+    return pytest.mark.parametrize("dtype", dtypes or DTYPES, ids=lambda t: str(t)[6:])
+
+
+def assert_same(ours, expected, bits=True, limit=1e-10):
+    """Equal dicts of tensors, to the bit or within a relative error."""
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        if bits:
+            assert torch.equal(ours[name], value), name
+        else:
+            assert ours[name].dtype == value.dtype, name
+            error = relative_error(ours[name], value)
+            assert error <= limit, f"{name}: error {error:.3g}"
+
+
+# Values, gradients and statistics
+
+
+@BOTH
+@pytest.mark.parametrize("norms", MODES)
+@pytest.mark.parametrize("memory_format", FORMATS[:3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@by_dtype()
+def test_matches_plain_torch(device, dtype, shape, memory_format, norms, recompute):
+    problem = make_block_problem(shape, dtype, device, norms=norms, memory_format=memory_format)
+    assert_block_matches(problem, recompute=recompute)
+
+
+@BOTH
+@pytest.mark.parametrize("drop_rate", [0, 0.3])
+@pytest.mark.parametrize("norms", MODES)
+@pytest.mark.parametrize("shape", TINY, ids=str)
+def test_gradcheck(device, shape, norms, drop_rate, recompute):
+    settings = dict(norms=norms, drop_rate=drop_rate, **FEW)
+    problem = make_block_problem(shape, torch.float64, device, **settings)
+    names = list(problem.inputs())
+
+    def function(*tensors):
+        given = dict(zip(names, tensors, strict=True))
+        p = problem.fresh()  # gradcheck's repeated calls must not see each other's statistics
+        layers = map_tensors(p.layers, lambda name, t: given.get(name, t))
+        torch.manual_seed(p.seed)
+        return dense_block(given["x"], layers, drop_rate, recompute)
+
+    inputs = tuple(problem.inputs().values())
+    assert torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12, fast_mode=False)
+
+
+SIZES = {
+    "k=1": dict(growth_rate=1),
+    "k=5, C0=24, B=9": dict(growth_rate=5, channels=24, bottleneck=9),
+    "k=12, C0=24, two layers": dict(growth_rate=12, channels=24, num_layers=2),
+    "hardly any channels": FEW,
+    "one layer": dict(num_layers=1),
+    "nine layers": dict(num_layers=9),
+    "batch of one": dict(shape=(1, 7, 5)),
+    "1x1 images": dict(shape=(40, 1, 1)),
+    "images of one column": dict(shape=(3, 9, 1)),
+    "1x1 kernel": dict(kernel_size=1),
+    "5x5 kernel": dict(kernel_size=5, channels=9),
+    "B=40 wider than all": dict(bottleneck=40, growth_rate=2),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("memory_format", FORMATS[:2])
+@pytest.mark.parametrize("sizes", SIZES)
+@by_dtype()
+def test_sizes(device, dtype, sizes, memory_format, recompute):
+    settings = dict(dtype=dtype, device=device, memory_format=memory_format)
+    assert_block_matches(make_block_problem(**settings, **SIZES[sizes]), recompute=recompute)
+
+
+MANY = (3, 150, 101)  # with 100 channels of 4 bytes: more than the scratch of a chunk
+
+
+@pytest.mark.parametrize("norms", ["training", "mixed"])
+@by_dtype(torch.float32, torch.bfloat16)
+def test_many_rows(device, dtype, norms):
+    problem = make_block_problem(
+        MANY, dtype, device, num_layers=2, channels=400 // dtype.itemsize, norms=norms
+    )
+    for recompute in RECOMPUTE:
+        assert_block_matches(problem, recompute=recompute)
+
+
+@by_dtype(torch.float32, torch.bfloat16)
+def test_rounding_does_not_add_up(device, dtype):
+    """What batch norms send back has a sum of 0 over the rows, but for rounding.
+
+    Rounding errors of M rows that are random add up to sqrt(M) times one of them. Taking the same
+    small number from numbers that are rounded already makes the same error in every row.
+    """
+
+    def excess(block, problem):
+        grad_x, own = run(block, problem)["grad x"].double(), problem.grad_y[:, :7].double()
+        return relative_error((grad_x - own).sum((0, 2, 3)), torch.zeros(7, device=device))
+
+    settings = dict(num_layers=2, growth_rate=4)
+    problems = [make_block_problem(MANY, dtype, device, seed=i, **settings) for i in range(5)]
+    ours, torchs = (
+        sum(math.log(excess(block, problem)) for problem in problems) / len(problems)
+        for block in (dense_block, plain_dense_block)
+    )
+    assert math.exp(ours - torchs) < 1.4
+
+
+VARIANTS = {
+    "cumulative average": lambda layer, norm: dict(momentum=None),
+    "cumulative average, not counted": lambda layer, norm: dict(momentum=None, counted=False),
+    "not counted": lambda layer, norm: dict(counted=False),
+    "momentum 0 and 1": lambda layer, norm: dict(momentum=float(norm == 1)),
+    "no running statistics": lambda layer, norm: dict(statistics=False),
+    "not affine": lambda layer, norm: dict(affine=False),
+    "first norm not affine": lambda layer, norm: dict(affine=(layer, norm) != (0, 1)),
+    "not affine, evaluation": lambda layer, norm: dict(affine=False, training=False),
+    "other eps and momentum": lambda layer, norm: dict(
+        eps=10.0 ** -(layer + norm), momentum=0.2 * (layer + norm)
+    ),
+    "first norms frozen": lambda layer, norm: dict(training=norm == 2),
+    "second norms frozen": lambda layer, norm: dict(training=norm == 1),
+    "last layer frozen": lambda layer, norm: dict(training=layer < 2),
+    "everything mixed": lambda layer, norm: dict(
+        training=layer != norm,
+        affine=norm == 2 or layer == 2,
+        statistics=layer == norm or norm == 1,
+        momentum=[0.3, None][norm - 1],
+        eps=[1e-5, 1e-3, 1e-1][layer],
+    ),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("variant", VARIANTS)
+@by_dtype()
+def test_batch_norm_variants(device, dtype, variant, recompute):
+    problem = make_block_problem(dtype=dtype, device=device, norms=VARIANTS[variant])
+    found = block_errors(problem, recompute=recompute)
+    if variant == "not affine" and dtype.itemsize == 2:  # kinks: no bias to avoid them with
+        assert all(ours < 0.3 for ours, _ in found.values())
+        found = {name: e for name, e in found.items() if "grad" not in name}
+    assert_error_rule(found, dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("norms", MODES)
+@by_dtype(torch.float16, torch.bfloat16)
+def test_float32_norms(device, dtype, norms, recompute):
+    problem = make_block_problem(
+        dtype=dtype, device=device, norms=norms, norm_dtype=torch.float32, drop_rate=0.1
+    )
+    assert_block_matches(problem, recompute=recompute)
+
+
+@pytest.mark.parametrize(
+    "dtype, mean, std",
+    [(torch.float32, 1000.0, 1.0), *((dtype, 0.5, 2.0) for dtype in DTYPES[1:])],
+    ids=str,
+)
+def test_error_ratio(device, dtype, mean, std):
+    found = {recompute: [] for recompute in RECOMPUTE}
+    settings = dict(channels=12, growth_rate=4, norm_dtype=torch.float32, mean=mean, std=std)
+    for seed in range(60):
+        problem = make_block_problem((4, 6, 6), dtype, device, seed=seed, **settings)
+        for recompute in RECOMPUTE:
+            errors = block_errors(problem, recompute=recompute)
+            assert_error_rule(errors, dtype)
+            found[recompute] += by_layer(errors)
+    for one in found.values():
+        assert_error_ratio(one)
+
+
+def by_layer(errors):
+    """One dict per layer with the same names: a layer has too few numbers for a steady mean."""
+    common = {name: errors[name] for name in ("y", "grad x")}
+    return [
+        common | {name.replace(at, ""): e for name, e in errors.items() if at in name}
+        for at in ("layers[0].", "layers[1].", "layers[2].")
+    ]
+
+
+@pytest.mark.parametrize(
+    "shape, weights_format",
+    [(SHAPES[0], "contiguous"), *((shape, f) for shape in SHAPES[1:] for f in FORMATS[:2])],
+    ids=str,
+)
+@pytest.mark.parametrize("memory_format", FORMATS[:3])
+@by_dtype(torch.float64, torch.float32, torch.bfloat16)
+def test_dropout_has_the_masks_of_plain_torch(device, dtype, shape, memory_format, weights_format):
+    settings = dict(memory_format=memory_format, weights_format=weights_format)
+    problem = make_block_problem(shape, dtype, device, drop_rate=0.4, seed=3, **settings)
+    plain = run(plain_dense_block, problem)["y"]
+    after = torch.rand(3, device=device)
+    for recompute in RECOMPUTE:
+        ours = run(dense_block, problem, recompute=recompute)["y"]
+        assert torch.equal(ours == 0, plain == 0)
+        assert torch.equal(torch.rand(3, device=device), after)
+        assert_block_matches(problem, recompute=recompute)
+
+
+def test_statistics_are_updated_once(device):
+    """By the forward pass alone; the rest of the grid compares their values."""
+    p = make_block_problem(device=device).fresh()
+    y = dense_block(p.x, p.layers, recompute="features")
+    after_forward = {name: t.clone() for name, t in p.statistics().items()}
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    assert_same(p.statistics(), after_forward)
+    counts = [t for name, t in after_forward.items() if "num_batches" in name]
+    assert len(counts) == 6 and all(count == 3 for count in counts)  # 2 before
+
+
+# What wants a gradient
+
+FROZEN = {
+    "input": lambda name: name == "x",
+    "everything but the input": lambda name: name != "x",
+    "everything": lambda name: True,
+    "convolutions": lambda name: "conv" in name,
+    "norms": lambda name: "norm" in name,
+    "weights of norms": lambda name: name.endswith("norm1.weight"),
+    "biases of norms": lambda name: name.endswith("bias"),
+    "input and first layers": lambda name: name == "x" or "layers[2]" not in name,
+    "everything but the first convolution": lambda name: name != "layers[0].conv1",
+    "everything but the last convolution": lambda name: name != "layers[2].conv2",
+    "everything but a norm": lambda name: name != "layers[1].norm1.weight",
+}
+
+
+@BOTH
+@pytest.mark.parametrize("norms", MODES)
+@pytest.mark.parametrize("frozen", FROZEN)
+@by_dtype(torch.float64, torch.float32)
+def test_frozen(device, dtype, frozen, norms, recompute):
+    problem = make_block_problem(dtype=dtype, device=device, norms=norms, frozen=FROZEN[frozen])
+    assert_block_matches(problem, recompute=recompute)
+    p = problem.fresh()
+    y = dense_block(p.x, p.layers, recompute=recompute)
+    assert y.requires_grad == (frozen != "everything")
+    if y.requires_grad:
+        y.backward(p.grad_y)
+    found = {"x": p.x}
+    map_tensors(p.layers, found.setdefault)
+    assert {name for name, t in found.items() if t.grad is not None} == p.inputs().keys()
+
+
+@BOTH
+def test_no_weight_gradient_that_nobody_asked_for(recompute):
+    def products(frozen):
+        problem = make_block_problem(frozen=frozen)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            run(dense_block, problem, recompute=recompute)
+        events = profiler.events()
+        masks = [e.concrete_inputs[10] for e in events if e.name == "aten::convolution_backward"]
+        matrices = sum(e.name in ("aten::mm", "aten::addmm", "aten::bmm") for e in events)
+        return sum(mask[1] for mask in masks) + matrices, masks
+
+    everything, _ = products(lambda name: False)
+    for frozen, saved in (("conv1", 3), ("conv2", 3), ("conv", 6), ("layers[1].conv", 2)):
+        found, masks = products(lambda name, frozen=frozen: frozen in name)
+        assert found == everything - saved, frozen
+        if frozen == "conv":
+            assert not any(mask[1] for mask in masks)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("norms", MODES)
+@by_dtype(torch.float32, torch.bfloat16)
+def test_without_gradient_mode(device, dtype, norms, mode):
+    problem = make_block_problem(dtype=dtype, device=device, norms=norms, drop_rate=0.2)
+    expected, p = run(dense_block, problem), problem.fresh()
+    torch.manual_seed(p.seed)
+    with mode():
+        y = dense_block(p.x, p.layers, p.drop_rate)
+    assert not y.requires_grad
+    ours = {"y": y, **p.statistics()}
+    assert_same(ours, {name: expected[name] for name in ours})
+
+
+# Who owns which memory
+
+
+def forward(device, recompute="bottleneck", dtype=torch.float64, **settings):
+    p = make_block_problem(device=device, dtype=dtype, **settings).fresh()
+    return p, dense_block(p.x, p.layers, p.drop_rate, recompute)
+
+
+def grads(p):
+    return {name: t.grad for name, t in p.inputs().items()}
+
+
+@BOTH
+@by_dtype(torch.float64, torch.bfloat16)
+def test_two_backwards_double_the_gradients(device, dtype, recompute):
+    p, y = forward(device, recompute, dtype, drop_rate=0.2)
+    y.backward(p.grad_y, retain_graph=True)
+    first = {name: grad.clone() for name, grad in grads(p).items()}
+    y.backward(p.grad_y)
+    assert_same(grads(p), {name: 2 * grad for name, grad in first.items()})
+
+
+@BOTH
+def test_gradient_tensor_is_left_alone(device, recompute):
+    """The same tensor, in each layout that a block could be tempted to work in."""
+    for memory_format in FORMATS[:3]:
+        p, y = forward(device, recompute, memory_format=memory_format)
+        grad_y = torch.empty_like(y).copy_(p.grad_y) if memory_format == "strided" else p.grad_y
+        before = grad_y.clone()
+        inputs = list(p.inputs().values())
+        first = torch.autograd.grad(y, inputs, grad_y, retain_graph=True)
+        second = torch.autograd.grad(y, inputs, grad_y)
+        assert torch.equal(grad_y, before)
+        assert all(map(torch.equal, first, second))
+
+
+@BOTH
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen layers"])
+def test_gradients_survive_a_later_backward(device, frozen, recompute):
+    settings = dict(frozen=(lambda name: name != "x") if frozen else lambda name: False)
+    p, y = forward(device, recompute, **settings)
+    y.backward(p.grad_y, retain_graph=True)
+    kept = grads(p)
+    before = {name: grad.clone() for name, grad in kept.items()}
+    for t in p.inputs().values():
+        t.grad = None
+    y.backward(-3 * p.grad_y)
+    y = dense_block(p.x, p.layers, recompute=recompute)
+    y.backward(y.detach())
+    assert_same(kept, before)
+    memory = {grad.untyped_storage().data_ptr() for grad in kept.values()}
+    assert y.untyped_storage().data_ptr() not in memory
+    assert kept["x"].untyped_storage().nbytes() == 8 * p.x.numel()
+
+
+def test_output_is_used_twice(device):
+    """A second loss on the output, and its own gradient retained."""
+    problem = make_block_problem(dtype=torch.float64, device=device)
+    head = nn.Conv2d(16, 2, 1, device=device, dtype=torch.float64)
+
+    def losses(block):
+        p = problem.fresh()
+        y = block(p.x, p.layers)
+        y.retain_grad()
+        loss = head(y).square().sum() + (y * p.grad_y).sum()
+        loss.backward(retain_graph=True)
+        first = {"y": y.grad.clone(), **{n: g.clone() for n, g in grads(p).items()}}
+        y[:, 3:12].square().mean().backward()
+        return {**{f"{n} once": g for n, g in first.items()}, "y": y.grad, **grads(p)}
+
+    assert_same(losses(dense_block), losses(plain_dense_block), bits=False)
+
+
+@pytest.mark.parametrize("loss", ["expanded", "transposed", "part"])
+def test_gradients_of_any_strides(device, loss):
+    problem = make_block_problem(dtype=torch.float64, device=device)
+
+    def gradients(block):
+        p = problem.fresh()
+        y = block(p.x, p.layers)
+        weights = p.grad_y.transpose(2, 3).contiguous().transpose(2, 3)
+        {"expanded": y, "transposed": y * weights, "part": y[:, 2:9, 1:]}[loss].sum().backward()
+        return grads(p)
+
+    assert_same(gradients(dense_block), gradients(plain_dense_block), bits=False)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS[:3])
+def test_output_is_channels_last(device, shape, memory_format):
+    for norms in MODES:
+        _, y = forward(device, shape=shape, memory_format=memory_format, norms=norms)
+        assert y.movedim(1, -1).is_contiguous() and y.untyped_storage().nbytes() == 8 * y.numel()
+        if y.dim() > 3:
+            last = torch.channels_last if y.dim() == 4 else torch.channels_last_3d
+            assert y.is_contiguous(memory_format=last)
+
+
+MODIFIED = "modified by an inplace operation"
+
+
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y.detach().zero_()])
+def test_output_modified_before_backward(device, change):
+    _, y = forward(device)
+    assert not y._is_view()
+    change(y)
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("changed", ["conv1", "conv2", "norm1.weight", "norm1.bias", "norm2.bias"])
+def test_parameter_modified_before_backward(device, changed):
+    """Autograd's error, or no influence."""
+    p, y = forward(device)
+    expected = torch.autograd.grad(y, list(p.inputs().values()), p.grad_y, retain_graph=True)
+    p.inputs()[f"layers[1].{changed}"].detach().mul_(-2)
+    try:
+        y.backward(p.grad_y)
+    except RuntimeError as error:
+        assert MODIFIED in str(error)
+    else:
+        assert_same(grads(p), dict(zip(grads(p), expected, strict=True)))
+
+
+@BOTH
+@pytest.mark.parametrize("norms", MODES)
+def test_running_statistics_may_move_before_backward(device, norms, recompute):
+    problem = make_block_problem(dtype=torch.float64, device=device, norms=norms)
+    expected = run(dense_block, problem, recompute=recompute)
+    p = problem.fresh()
+    y = dense_block(p.x, p.layers, recompute=recompute)
+    dense_block(2 * p.x, p.layers, recompute=recompute)  # another step's
+    y.backward(p.grad_y)
+    assert_same(grads(p), {name: expected[f"grad {name}"] for name in p.inputs()})
+
+
+@BOTH
+def test_second_derivative_raises(device, recompute):
+    p, y = forward(device, recompute)
+    with pytest.raises(RuntimeError):
+        (gradient,) = torch.autograd.grad(y.square().sum(), p.x, create_graph=True)
+        gradient.square().sum().backward()
+
+
+@BOTH
+def test_save_on_cpu(device, recompute):
+    problem = make_block_problem(dtype=torch.float64, device=device, drop_rate=0.2)
+    expected = run(dense_block, problem, recompute=recompute)
+    ours = run(
+        dense_block, problem, forward_in=torch.autograd.graph.save_on_cpu, recompute=recompute
+    )
+    assert_same(ours, expected, bits=False)
+
+
+def kept_bytes(problem, block, **kwargs):
+    """Unique bytes that autograd keeps, as memory tools see them, without layers' tensors."""
+    p = problem.fresh()
+    own, kept = set(), {}
+    map_tensors(p.layers, lambda name, t: own.add(t.untyped_storage().data_ptr()))
+
+    def pack(t):
+        memory = t.untyped_storage()
+        if memory.data_ptr() not in own:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = block(p.x, p.layers, p.drop_rate, **kwargs)
+    del y
+    return sum(kept.values())
+
+
+@BOTH
+@pytest.mark.parametrize("memory_format", FORMATS[:2])
+@pytest.mark.parametrize("drop_rate", [0, 0.2])
+@by_dtype(torch.float32, torch.bfloat16)
+def test_memory_is_linear_in_depth(device, dtype, drop_rate, memory_format, recompute):
+    kept = []
+    for num_layers in (4, 8, 12):
+        settings = dict(channels=8, growth_rate=4, drop_rate=drop_rate, memory_format=memory_format)
+        problem = make_block_problem((4, 32, 32), dtype, device, num_layers=num_layers, **settings)
+        rows, total = problem.x.numel() // 8, 8 + 4 * num_layers
+        per_row = (total + (16 * num_layers if recompute == "bottleneck" else 0)) * dtype.itemsize
+        masks = 4 * num_layers if drop_rate else 0  # a byte each at most
+        # Statistics of each channel in double, and a copy of each parameter.
+        few = 16 * (total + 16 * num_layers)
+        few += sum(t.numel() * max(t.itemsize, 4) for t in problem.inputs().values())
+        few -= problem.x.numel() * max(dtype.itemsize, 4)
+        kept.append(kept_bytes(problem, dense_block, recompute=recompute))
+        assert rows * per_row <= kept[-1] <= rows * 1.03 * (per_row + masks) + few
+    assert kept_bytes(problem, plain_dense_block) > 4 * kept[2]
+
+
+@BOTH
+def test_nothing_is_kept_without_gradients(device, recompute):
+    problem = make_block_problem(device=device, frozen=lambda name: True)
+    assert kept_bytes(problem, dense_block, recompute=recompute) == 0
+
+
+# Settings of the user
+
+
+def run_script(script, *arguments, **environment):
+    """What a fresh process prints: some settings can be made only once, or not taken back."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+DETERMINISTIC = """
+import sys, torch
+from block_reference import dense_block, make_block_problem, run
+torch.use_deterministic_algorithms(True)
+for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    for recompute in ("bottleneck", "features"):
+        problem = make_block_problem((4, 20, 20), dtype, sys.argv[1], channels=30, drop_rate=0.1)
+        first, *others = (run(dense_block, problem, recompute=recompute) for _ in range(4))
+        for other in others:
+            print(all(torch.equal(other[name], first[name]) for name in first))
+"""
+
+
+def test_same_bits_every_time(device):
+    found = run_script(DETERMINISTIC, device, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    assert found == "True\n" * 24
+
+
+def test_statistics_do_not_depend_on_the_number_of_threads():
+    """Nor does anything else that our kernels compute; matrix products are torch's."""
+    problem = make_block_problem((5, 40, 30), num_layers=1)
+    names = [f"layers[0].norm1.running_{name}" for name in ("mean", "var")]
+    first, threads = run(dense_block, problem), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = run(dense_block, problem)
+            assert all(torch.equal(again[name], first[name]) for name in names)
+    finally:
+        torch.set_num_threads(threads)
+
+
+TF32 = """
+import itertools, json, sys, torch
+from block_reference import block_errors, make_block_problem
+
+def use(conv, matmul):
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    if sys.argv[1] == "old":
+        cudnn.allow_tf32, cublas.allow_tf32 = conv, matmul
+    else:
+        cudnn.conv.fp32_precision, cublas.fp32_precision = (
+            "tf32" if allowed else "ieee" for allowed in (conv, matmul)
+        )
+
+found = []
+for conv, matmul, recompute in itertools.product(
+    (False, True), (False, True), ("bottleneck", "features")
+):
+    use(conv, matmul)
+    problem = make_block_problem(
+        (8, 16, 16), device="cuda", num_layers=2, channels=256, growth_rate=32
+    )
+    errors = block_errors(problem, recompute=recompute)
+    for name in ("y", "grad x", *(f"grad layers[{i}].conv{j}" for i in (0, 1) for j in (1, 2))):
+        found.append((f"conv {conv}, matmul {matmul}, {recompute}: {name}", conv, errors[name][0]))
+print(json.dumps(found))
+"""
+
+
+@requires_cuda
+@pytest.mark.parametrize("api", ["old", "new"])
+def test_tf32_follows_the_setting_of_convolutions(api):
+    """With 256 products per sum the error is about 3e-7 in float32 and 3e-4 in TF32."""
+    for name, allowed, error in json.loads(run_script(TF32, api)):
+        assert (error > 1e-5) == allowed, f"{name}: error {error:.3g}"
+
+
+@BOTH
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("input_dtype", ["float32", "16 bits"])
+@by_dtype(torch.float16, torch.bfloat16)
+def test_autocast(device, dtype, input_dtype, backward_inside, recompute):
+    problem = make_block_problem(dtype=dtype, device=device, norm_dtype=torch.float32)
+    x, problem = problem.x.detach(), problem.to(torch.float32)
+    if input_dtype == "float32":  # with digits that 16 bits do not hold
+        x = x.float() * (1 + torch.finfo(dtype).eps / 4 * torch.randn_like(x.float()))
+    problem.x = x.requires_grad_()
+    autocast = partial(torch.autocast, device, dtype)
+    found = block_errors(  # which compares dtypes with those of plain torch
+        problem,
+        forward_in=autocast,
+        backward_in=autocast if backward_inside else nullcontext,
+        recompute=recompute,
+    )
+    assert_error_rule(found, dtype)
+    ours = run(dense_block, problem, forward_in=autocast, recompute=recompute)
+    assert all(t.dtype == torch.float32 for name, t in ours.items() if "grad layers" in name)
+
+
+def test_autocast_leaves_float64_alone(device):
+    problem = make_block_problem(dtype=torch.float64, device=device)
+    ours = run(dense_block, problem, forward_in=partial(torch.autocast, device, torch.bfloat16))
+    assert_same(ours, run(dense_block, problem))
+
+
+# The module
+
+
+def block_pair(device, dtype=torch.float64, dims=2, **settings):
+    """A plain and an efficient block of 3 layers for 8 channels, with the same random state."""
+    plain = DenseBlock(3, 8, 4, efficient=False, spatial_dims=dims, **settings)
+    for name, t in plain.state_dict().items():
+        if t.dtype.is_floating_point and "conv" not in name:
+            t.uniform_(0.5, 1.5)
+    efficient = DenseBlock(3, 8, 4, spatial_dims=dims, **settings)
+    efficient.load_state_dict(plain.state_dict())
+    return plain.to(device, dtype), efficient.to(device, dtype)
+
+
+def module_step(block, x, seed=0):
+    """Result, gradients and state after one step of training."""
+    torch.manual_seed(seed)
+    x = x.detach().requires_grad_()
+    block.zero_grad()
+    y = block(x)
+    y.square().mean().backward()
+    result = {"y": y.detach(), "x": x.grad}
+    result |= {f"grad {name}": p.grad.clone() for name, p in block.named_parameters()}
+    return result | {name: t.clone() for name, t in block.state_dict().items()}
+
+
+@BOTH
+@pytest.mark.parametrize("settings", [{}, dict(drop_rate=0.3), dict(bn_size=2)], ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_module(device, dims, settings, recompute):
+    plain, efficient = block_pair(device, dims=dims, recompute=recompute, **settings)
+    for seed in range(2):
+        x = torch.randn(3, 8, *[5] * dims, dtype=torch.float64, device=device)
+        assert_same(module_step(efficient, x, seed), module_step(plain, x, seed), bits=False)
+    for block in (plain, efficient):
+        block.eval()
+    assert_same(module_step(efficient, x), module_step(plain, x), bits=False)
+    efficient.train().denselayer2.norm1.eval()
+    plain.train().denselayer2.norm1.eval()
+    assert_same(module_step(efficient, x), module_step(plain, x), bits=False)
+    other = copy.deepcopy(efficient)
+    assert_same(module_step(other, x), module_step(efficient, x))
+
+
+def test_module_has_the_names_of_the_model():
+    layer = list(DenseBlock(2, 8, 4).denselayer2.named_children())
+    assert [name for name, _ in layer] == ["norm1", "relu1", "conv1", "norm2", "relu2", "conv2"]
+    assert [type(module).__name__ for _, module in layer[:3]] == ["BatchNorm2d", "ReLU", "Conv2d"]
+    with pytest.raises(ValueError, match="recompute: expected"):
+        DenseBlock(2, 8, 4, recompute="all")
+
+
+def test_hooks_on_the_block(device):
+    found = []
+    for block in block_pair(device):
+        calls = []
+        block.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        block.register_forward_hook(lambda module, args, y: 3 * y)
+        block.register_full_backward_hook(
+            lambda module, grad_x, grad_y, calls=calls: calls.extend(map(torch.clone, grad_y))
+        )
+        x = torch.ones(2, 8, 5, 5, dtype=torch.float64, device=device).cumsum(-1).sin()
+        result = module_step(block, x)
+        assert len(calls) == 1
+        found.append(result | {"hook": calls[0]})
+    assert_same(found[1], found[0], bits=False)
+
+
+def test_gradient_accumulation(device):
+    found = []
+    x = torch.randn(3, 2, 8, 5, 5, dtype=torch.float64, device=device)
+    for block in block_pair(device):
+        for part in x:
+            block(part).square().mean().backward()
+        found.append({name: p.grad for name, p in block.named_parameters()})
+    assert_same(found[1], found[0], bits=False)
+
+
+@BOTH
+def test_memory_does_not_creep(device, recompute):
+    _, block = block_pair(device, torch.float32, recompute=recompute, drop_rate=0.1)
+    x = torch.randn(4, 8, 6, 6, device=device, requires_grad=True)
+
+    def state():
+        gc.collect()
+        if device == "cpu":
+            return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated(), peak
+
+    def steps(count):
+        for _ in range(count):
+            block(x).square().mean().backward()
+        return state()
+
+    steps(10)
+    before = steps(10)
+    assert steps(180 if device == "cuda" else 20) == before
+
+
+# On a GPU
+
+
+@requires_cuda
+def test_side_stream():
+    problem = make_block_problem((8, 32, 32), device="cuda", channels=24, drop_rate=0.1)
+    expected, stream = run(dense_block, problem), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            result = run(dense_block, problem)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(result, expected)
+
+
+def on_a_side_stream(function, count=3):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(count):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@requires_cuda
+@BOTH
+@pytest.mark.parametrize("momentum", [0.1, None])
+@by_dtype(torch.float32, torch.bfloat16)
+def test_cuda_graph_of_a_whole_step(dtype, momentum, recompute):
+    def norms(layer, norm):
+        return dict(momentum=momentum, training=(layer, norm) != (1, 1))
+
+    problem = make_block_problem((4, 16, 16), dtype, "cuda", norms=norms)
+    p = problem.fresh()
+    inputs = list(p.inputs().values())
+
+    def step():
+        y = dense_block(p.x, p.layers, recompute=recompute)
+        return y, torch.autograd.grad(y, inputs, p.grad_y)
+
+    on_a_side_stream(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, gradients = step()
+    for seed in range(1, 4):
+        new = make_block_problem((4, 16, 16), dtype, "cuda", norms=norms, seed=seed)
+        for ours, theirs in ((p.inputs(), new.inputs()), (p.statistics(), new.statistics())):
+            for name, t in theirs.items():
+                ours[name].detach().copy_(t)
+        p.grad_y.copy_(new.grad_y)
+        expected = run(dense_block, p, recompute=recompute)
+        graph.replay()
+        ours = {"y": y, **{f"grad {n}": g for n, g in zip(p.inputs(), gradients, strict=True)}}
+        assert_same(ours | p.statistics(), expected, bits=False, limit=4 * torch.finfo(dtype).eps)
+
+
+@requires_cuda
+@BOTH
+def test_make_graphed_callables(recompute):
+    _, eager = block_pair("cuda", torch.float32, recompute=recompute)
+    graphed = copy.deepcopy(eager)
+    sample = torch.randn(4, 8, 12, 12, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(graphed, (sample,))
+    graphed.load_state_dict(eager.state_dict())  # the warm-up moved the running statistics
+    for _ in range(3):
+        x = torch.randn_like(sample)
+        assert_same(module_step(graphed, x), module_step(eager, x), bits=False, limit=1e-5)
+
+
+@requires_cuda
+@BOTH
+def test_number_of_kernels_is_linear_in_depth(recompute):
+    def kernels(num_layers):
+        problem = make_block_problem(
+            (4, 16, 16), device="cuda", num_layers=num_layers, channels=16, growth_rate=8
+        )
+        p = problem.fresh()
+
+        def count(function, *arguments):
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                result = function(*arguments)
+                torch.cuda.synchronize()
+            cuda = torch.autograd.DeviceType.CUDA
+            return result, sum(event.device_type == cuda for event in profiler.events())
+
+        for _ in range(2):  # the first time, libraries choose and prepare
+            y, forward = count(dense_block, p.x, p.layers, 0.0, recompute)
+            _, backward = count(torch.autograd.grad, y, list(p.inputs().values()), p.grad_y)
+        return forward, backward
+
+    for few, some, many in zip(*map(kernels, (4, 8, 16)), strict=True):
+        assert 0 < few < some < many
+        # Libraries may choose other kernels for other sizes; one addition per pair of layers
+        # would be 48 more.
+        assert abs((many - some) - 2 * (some - few)) <= 16, (few, some, many)
+
+
+@requires_cuda
+@BOTH
+def test_out_of_memory(recompute):
+    block = DenseBlock(4, 32, 16, recompute=recompute).cuda()
+    initial = copy.deepcopy(block.state_dict())
+    small = torch.randn(2, 32, 96, 96, device="cuda")
+    big = small.repeat(32, 1, 1, 1)
+    module_step(block, small)  # libraries' workspaces stay
+
+    def reset():
+        block.load_state_dict(initial)
+        block.zero_grad()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    before = reset()
+    y = block(big)
+    after_forward = copy.deepcopy(block.state_dict())
+    y.square().mean().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    del y
+    total = torch.cuda.get_device_properties(0).total_memory
+    failed = set()
+    for part in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        reset()
+        limit = torch.cuda.memory_reserved() + part * peak
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+        y, expected = None, initial
+        try:
+            y = block(big)
+            expected = after_forward
+            y.square().mean().backward()
+        except torch.OutOfMemoryError as error:
+            assert "out of memory" in str(error)
+            failed.add("forward" if y is None else "backward")
+        try:
+            del y
+            assert_same(block.state_dict(), expected, bits=False, limit=1e-4)
+            fresh = module_step(copy.deepcopy(block), small)
+            assert_same(module_step(block, small), fresh, bits=False, limit=1e-4)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    assert failed == {"forward", "backward"}
+
+
+# Wrong arguments
+
+
+def replace(name, value):
+    """The call's arguments with `value(t)` in place of the tensor `name`."""
+
+    def change(arguments):
+        layers = map_tensors(arguments["layers"], lambda n, t: value(t) if n == name else t)
+        return arguments | dict(layers=layers)
+
+    return change
+
+
+def give(**values):
+    return lambda arguments: arguments | values
+
+
+def change_x(function):
+    return lambda arguments: arguments | dict(x=function(arguments["x"]))
+
+
+def cut(arguments, sizes, first):
+    """All tensors of the layers from `first` on, cut where their name ends as in `sizes`."""
+
+    def function(name, t):
+        for end, index in sizes.items():
+            if name.endswith(end):
+                return t[index]
+        return t
+
+    layers = arguments["layers"]
+    return arguments | dict(layers=[*layers[:first], *map_tensors(layers[first:], function)])
+
+
+def even_kernels(arguments):
+    return cut(arguments, {"conv2": (..., slice(2), slice(2))}, 0)
+
+
+def other_growth_rate(arguments):
+    return cut(arguments, {"conv2": slice(2)}, 2)
+
+
+def other_bottleneck(arguments):
+    ends = ("conv1", *(f"norm2.{f}" for f in ("running_mean", "running_var", "weight", "bias")))
+    sizes = {end: slice(5) for end in ends}
+    return cut(arguments, {**sizes, "conv2": (slice(None), slice(5))}, 2)
+
+
+WRONG = {
+    "recompute": (give(recompute="all"), r"recompute: expected .*'?bottleneck.*got .*all"),
+    "recompute none": (give(recompute=None), "recompute: expected"),
+    "no layers": (give(layers=[]), "layers: expected"),
+    "layers of another type": (give(layers=3), "layers: expected"),
+    "a layer of another type": (give(layers=[3]), r"layers\[0\]: expected"),
+    "x of another type": (give(x=[1.0]), "x: expected"),
+    "x without spatial sizes": (change_x(lambda x: x[:, :, 0, 0]), "x: expected"),
+    "x of 6 dimensions": (change_x(lambda x: x[..., None, None]), "x: expected"),
+    "x of other dimensions": (change_x(lambda x: x[..., None]), r"conv1: expected|x: expected"),
+    "x of other channels": (change_x(lambda x: x[:, :5]), r"layers\[0\]\.\w+(\.\w+)?: expected"),
+    "x of integers": (change_x(torch.Tensor.int), "x: expected"),
+    "x of another dtype": (change_x(torch.Tensor.double), r": expected .*float"),
+    "x elsewhere": (change_x(lambda x: x.to("meta")), r": expected .*device"),
+    "drop_rate 1": (give(drop_rate=1.0), r"drop_rate: expected .*got 1"),
+    "drop_rate < 0": (give(drop_rate=-0.1), r"drop_rate: expected .*got -0.1"),
+    "drop_rate nan": (give(drop_rate=float("nan")), "drop_rate: expected"),
+    "even kernels": (even_kernels, r"layers\[0\]\.conv2: expected .*odd.*got"),
+    "another growth rate": (other_growth_rate, r"layers\[2\]\.conv2: expected .*3.*got .*2"),
+    "another bottleneck": (other_bottleneck, r"layers\[2\]\.\w+(\.\w+)?: expected .*12.*got .*5"),
+}
+
+
+def assert_refuses(p, change, message):
+    """The message names the argument, what was expected and what came; nothing has changed."""
+    before = {name: t.clone() for name, t in p.statistics().items()}
+    with pytest.raises((ValueError, TypeError), match=message):
+        dense_block(**change(dict(x=p.x, layers=p.layers)))
+    assert_same(p.statistics(), before)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments(device, wrong):
+    assert_refuses(make_block_problem(device=device).fresh(), *WRONG[wrong])
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("layers[1].conv1", lambda t: t[:, :9], "expected .*10.*got .*9"),
+        ("layers[1].conv1", lambda t: t.repeat(1, 1, 3, 3), "expected .*got"),
+        ("layers[1].conv1", torch.Tensor.half, "expected .*got torch.float16"),
+        ("layers[1].conv1", lambda t: t.to("meta"), "expected .*got meta"),
+        ("layers[1].conv1", lambda t: None, "expected"),
+        ("layers[1].conv2", lambda t: t[:, :3], "expected .*12.*got .*3"),
+        ("layers[2].conv2", lambda t: t[..., :1], "expected .*got"),
+        ("layers[1].norm1.weight", lambda t: t[:9], "expected .*10.*got .*9"),
+        ("layers[1].norm2.bias", torch.Tensor.double, "expected .*got torch.float64"),
+        ("layers[2].norm2.running_mean", lambda t: t.repeat(2), "expected .*12.*got .*24"),
+        ("layers[2].norm2.running_var", lambda t: t.to("meta"), "expected .*got meta"),
+    ],
+)
+def test_wrong_tensors(device, name, value, message):
+    p = make_block_problem(device=device).fresh()
+    assert_refuses(p, replace(name, value), f"{re.escape(name)}: {message}")
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_missing_running_statistics(device, name):
+    name = f"layers[1].norm2.{name}"
+    p = make_block_problem(device=device, norms="evaluation")
+    message = f"{re.escape(name)}: expected .*training=False"
+    assert_refuses(p, replace(name, lambda t: None), message)
+
+
+def test_one_value_per_channel(device):
+    p = make_block_problem(device=device).fresh()
+    message = "Expected more than 1 value per channel when training"
+    assert_refuses(p, change_x(lambda x: x[:1, :, :1, :1]), message)
+    assert_block_matches(make_block_problem((1, 1, 1), torch.float64, device, norms="evaluation"))
+
+
+# The comparison itself finds planted errors
+
+
+def without_correction(x, norm, parts=("mean", "var")):
+    """The right result; the gradient forgets that these statistics depend on x."""
+    if not norm.training:
+        return plain_batch_norm(x, norm)
+    wide = x if x.dtype == torch.float64 else x.float()
+    dims = [d for d in range(x.dim()) if d != 1]
+    mean, var = wide.mean(dims, keepdim=True), wide.var(dims, correction=0, keepdim=True)
+    mean = mean.detach() if "mean" in parts else mean
+    var = var.detach() if "var" in parts else var
+    plain_batch_norm(x, norm)  # updates the statistics
+    xhat = (wide - mean) / (var + norm.eps).sqrt()
+    zeros = torch.zeros_like(norm.weight.detach())
+    frozen = norm._replace(running_mean=zeros, running_var=zeros + 1)
+    frozen = frozen._replace(training=False, eps=0)
+    return plain_batch_norm(xhat.to(x.dtype), frozen)
+
+
+def correction_of_a_frozen_norm(x, norm):
+    y = plain_batch_norm(x, norm)
+    if norm.training:
+        return y
+    training = norm._replace(
+        training=True, running_mean=None, running_var=None, num_batches_tracked=None
+    )
+    trained = plain_batch_norm(x, training)
+    return y.detach() + trained - trained.detach()
+
+
+def changed_statistics(change):
+    def batch_norm(x, norm):
+        before = None if norm.running_var is None else norm.running_var.clone()
+        y = plain_batch_norm(x, norm)
+        if norm.training:
+            change(norm, before, x)
+        return y
+
+    return batch_norm
+
+
+def biased(norm, before, x):
+    rows = x.numel() // x.size(1)
+    norm.running_var.data.sub_((norm.running_var - (1 - norm.momentum) * before) / rows)
+
+
+def few_eps(x, norm, of_gradient):
+    y = plain_batch_norm(x, norm)
+    factor = 1 + max(16 * torch.finfo(x.dtype).eps, 1e-9)
+    if not of_gradient:
+        return y * factor
+    y.register_hook(lambda gradient: gradient * factor)
+    return y
+
+
+PLANTED = {
+    "a few eps in the result": partial(few_eps, of_gradient=False),
+    "a few eps in the gradient": partial(few_eps, of_gradient=True),
+    "no correction": without_correction,
+    "no correction for the mean": partial(without_correction, parts=["mean"]),
+    "no correction for the variance": partial(without_correction, parts=["var"]),
+    "correction of a frozen norm": correction_of_a_frozen_norm,
+    "one eps for all": lambda x, norm: plain_batch_norm(x, norm._replace(eps=0.1)),
+    "bias forgotten": lambda x, norm: plain_batch_norm(x, norm._replace(bias=0 * norm.bias)),
+    "biased variance": changed_statistics(biased),
+    "updated twice": changed_statistics(lambda norm, before, x: plain_batch_norm(x, norm)),
+    "not counted": changed_statistics(lambda norm, *_: norm.num_batches_tracked.sub_(1)),
+}
+
+
+def planted_problem(dtype):
+    """Few rows and a high momentum, so that wrong terms are far larger than 16-bit rounding."""
+    return make_block_problem(
+        (2, 2, 3), dtype, norms=lambda layer, norm: dict(training=layer != 1, momentum=0.9)
+    )
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+@by_dtype()
+def test_planted_errors_are_found(dtype, planted):
+    block = partial(plain_dense_block, batch_norm=PLANTED[planted])
+    with pytest.raises(AssertionError, match="error"):
+        assert_block_matches(planted_problem(dtype), block)
+
+
+@pytest.mark.parametrize("norms", MODES)
+@by_dtype()
+def test_problems_have_no_kinks(dtype, norms):
+    """The masks of plain torch are those of float64, and most channels have both kinds."""
+    for seed in range(8):
+        problem = make_block_problem(dtype=dtype, norms=norms, seed=seed)
+        masks = []
+        for p in (problem.fresh(), problem.to(torch.float64).fresh()):
+            found = []
+
+            def batch_norm(x, norm, found=found):
+                y = plain_batch_norm(x, norm)
+                found.append((y.detach() > 0).transpose(0, 1).flatten(1))
+                return y
+
+            plain_dense_block(p.x, p.layers, batch_norm=batch_norm)
+            masks.append(torch.cat(found))
+        assert torch.equal(*masks)
+        opened = masks[0].double().mean(1)
+        assert ((opened > 0) & (opened < 1)).double().mean() > 0.5
+        assert opened.mean() > 0.3
