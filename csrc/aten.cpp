@@ -74,6 +74,11 @@ void copy(const Tensor& x, const Tensor& out) {
   call_and_drop_result("aten::copy_", "", stack);
 }
 
+void cat_out(const Tensors& tensors, const Tensor& out) {
+  std::array<StableIValue, 3> stack{from(tensors), from(int64_t(0)), from(out)};
+  call_and_drop_result("aten::cat", "out", stack);
+}
+
 void sum_out(const Tensor& x, const Tensor& out) {
   std::array<StableIValue, 5> stack{from(x), from(std::optional(Sizes{0})), from(false),
                                     from(std::nullopt), from(out)};

@@ -18,6 +18,9 @@ void wide_mm_out(const Tensor& a, const Tensor& b, const Tensor& out);
 // out = x, whatever the dtypes and strides.
 void copy(const Tensor& x, const Tensor& out);
 
+// out = the tensors one after the other along their first dimension.
+void cat_out(const Tensors& tensors, const Tensor& out);
+
 // out = the sum of x over its first dimension.
 void sum_out(const Tensor& x, const Tensor& out);
 

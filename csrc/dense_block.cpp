@@ -84,6 +84,7 @@ class Block {
     double *sums, *s1, *s2;
     Tensor grad_affine;
     bool first_reader;
+    Tensors grad_conv2;  // of the layers that want one, the last layer first
   };
 
   int64_t channels_before(int64_t layer) const { return channels_in_ + layer * growth_; }
@@ -100,10 +101,9 @@ class Block {
   Tensor matrix_tensor(const Matrix& matrix, int64_t rows, int64_t channels) const;
   Tensor row_image(const Matrix& matrix, int64_t rows, int64_t channels) const;
   Tensor images(const Matrix& matrix, int64_t channels) const;
-  Tensor with_inner_channels(const Tensor& images) const;
   Matrix matrix_of(const Tensor& images) const;
   Tensor conv1(const Tensor& packed, int64_t layer) const;
-  Tensor conv2(const Tensor& packed, int64_t layer) const;
+  Tensor conv2(int64_t layer) const;
   Tensor dropout_mask(int64_t layer) const;
 
   void take_statistics(const Matrix& x, int64_t channels, double* mean, double* var,
@@ -125,7 +125,7 @@ class Block {
   void backward_conv1(Backward& state, int64_t layer, const Matrix& grad_z, bool a1_is_ready,
                       const std::optional<Tensor>& grad_weight);
   void backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
-                      const std::optional<Tensor>& grad_conv2);
+                      bool wants_conv2);
 
   const Arguments& arguments_;
   Device device_;
@@ -340,17 +340,16 @@ Tensor Block::images(const Matrix& matrix, int64_t channels) const {
 }
 
 // Some of ATen's convolutions answer in contiguous memory.
-Tensor Block::with_inner_channels(const Tensor& images) const {
-  const int64_t channels = images.size(1);
-  const Sizes wanted = channels_last_strides(channels, spatial_);
+Tensor with_inner_channels(const Tensor& tensor, const Sizes& sizes) {
+  const Sizes wanted = channels_last_strides(tensor.size(1), sizes);
   bool fits = true;
-  for (int64_t d = 0; d < images.dim(); ++d) {
-    if (images.size(d) != 1 && images.stride(d) != wanted[d]) fits = false;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != wanted[d]) fits = false;
   }
-  if (fits) return images;
+  if (fits) return tensor;
   using torch::headeronly::MemoryFormat;
   return torch::stable::contiguous(
-      images, spatial_.size() == 3 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast);
+      tensor, sizes.size() == 3 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast);
 }
 
 Block::Matrix Block::matrix_of(const Tensor& images) const { return {&images, 0, images.size(1)}; }
@@ -363,7 +362,8 @@ Tensor Block::conv1(const Tensor& packed, int64_t layer) const {
   return reinterpret(packed, begin, {bottleneck_, channels}, {channels, 1});
 }
 
-Tensor Block::conv2(const Tensor& packed, int64_t layer) const {
+Tensor Block::conv2(int64_t layer) const {
+  const Tensor& packed = arguments_.conv2;
   return reinterpret(packed, layer * (packed.numel() / layers_),
                      with_sizes(growth_, bottleneck_, kernel_),
                      channels_last_strides(bottleneck_, kernel_));
@@ -418,11 +418,11 @@ void Block::forward_layer(int64_t layer) {
   }
   const Matrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
   normalise(norm2, z, rows_, a2);
-  Tensor added = aten::convolution(images(a2, bottleneck_), conv2(arguments_.conv2, layer));
+  Tensor added = aten::convolution(images(a2, bottleneck_), conv2(layer));
   if (arguments_.dropout_mask) {
     added = aten::apply_dropout(added, dropout_mask(layer), arguments_.dropout_scale);
   }
-  added = with_inner_channels(added);
+  added = with_inner_channels(added, spatial_);
   const int64_t begin = channels_before(layer);
   const View copy = view(at(features_, 0, begin));
   take_statistics(matrix_of(added), growth_, mean_ + begin, var_ + begin, &copy);
@@ -555,7 +555,7 @@ Tensor Block::multiply_back(const Matrix& grad_z, const Matrix& a1, int64_t rows
 }
 
 void Block::backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
-                           const std::optional<Tensor>& grad_conv2) {
+                           bool wants_conv2) {
   const Norm& norm2 = norms_[layers_ + layer];
   const Matrix added =
       finalise(state, channels_before(layer), growth_, scratch(&added_, rows_ * growth_, growth_));
@@ -567,12 +567,15 @@ void Block::backward_layer(Backward& state, int64_t layer, const std::optional<T
   if (!arguments_.z) bottleneck(layer, z);
   const bool a1_is_ready = !arguments_.z && chunks(channels_before(layer)).size() == 1;
   const Matrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
-  if (grad_conv2) normalise(norm2, z, rows_, a2);
-  const auto gradients =
-      aten::convolution_backward(grad_added, images(a2, bottleneck_),
-                                 conv2(arguments_.conv2, layer), true, grad_conv2.has_value());
-  if (grad_conv2) aten::copy(*gradients.weight, *grad_conv2);
-  const Tensor grad_z = with_inner_channels(*gradients.x);
+  if (wants_conv2) normalise(norm2, z, rows_, a2);
+  const auto gradients = aten::convolution_backward(grad_added, images(a2, bottleneck_),
+                                                    conv2(layer), true, wants_conv2);
+  if (wants_conv2) {
+    const Tensor weight = with_inner_channels(*gradients.weight, kernel_);
+    const int64_t size = weight.numel();
+    state.grad_conv2.push_back(reinterpret(weight, 0, {1, size}, {size, 1}));
+  }
+  const Tensor grad_z = with_inner_channels(*gradients.x, spatial_);
   backward_norm2(state, norm2, z, matrix_of(grad_z));
   backward_conv1(state, layer, matrix_of(grad_z), a1_is_ready, grad_conv1);
 }
@@ -597,13 +600,22 @@ void Block::backward(const Tensor& grad_features, const std::optional<Tensor>& g
         "wants_conv1, wants_conv2: expected one number per layer");
   check(!grad_conv1 || grad_conv1->numel() == arguments_.conv1.numel(), arguments_,
         "grad_conv1: expected as many elements as conv1");
-  check(!grad_conv2 || grad_conv2->numel() == arguments_.conv2.numel(), arguments_,
-        "grad_conv2: expected as many elements as conv2");
+  const auto wanted =
+      std::count_if(wants_conv2.begin(), wants_conv2.end(), [](int64_t w) { return w; });
+  check(
+      wanted == 0 || (grad_conv2 && grad_conv2->size(0) == wanted && grad_conv2->is_contiguous() &&
+                      grad_conv2->numel() == wanted * (arguments_.conv2.numel() / layers_)),
+      arguments_, "grad_conv2: expected contiguous [layers that want it, k, *kernel, B]");
   Tensor numbers = empty({4 * channels_}, ScalarType::Double, device_);
   torch::stable::zero_(numbers);
   double* const sums = static_cast<double*>(numbers.data_ptr());
-  Backward state{{&grad_features, 0, channels_}, sums,        sums + 2 * channels_,
-                 sums + 3 * channels_,           grad_affine, grad_y.has_value()};
+  Backward state{{&grad_features, 0, channels_},
+                 sums,
+                 sums + 2 * channels_,
+                 sums + 3 * channels_,
+                 grad_affine,
+                 grad_y.has_value(),
+                 {}};
   if (grad_y) {
     const Pooling pooling = this->pooling();
     read(state, norms_.back(), {0, rows_, true, true}, view({&*grad_y, 0, channels_}),
@@ -611,10 +623,15 @@ void Block::backward(const Tensor& grad_features, const std::optional<Tensor>& g
     state.first_reader = false;
   }
   for (int64_t l = layers_ - 1; l >= 0; --l) {
-    std::optional<Tensor> weight1, weight2;
-    if (wants_conv1[l]) weight1 = conv1(*grad_conv1, l);
-    if (wants_conv2[l]) weight2 = conv2(*grad_conv2, l);
-    backward_layer(state, l, weight1, weight2);
+    std::optional<Tensor> weight;
+    if (wants_conv1[l]) weight = conv1(*grad_conv1, l);
+    backward_layer(state, l, weight, wants_conv2[l]);
+  }
+  if (grad_conv2) {
+    std::reverse(state.grad_conv2.begin(), state.grad_conv2.end());
+    const int64_t size = grad_conv2->numel() / grad_conv2->size(0);
+    aten::cat_out(state.grad_conv2,
+                  reinterpret(*grad_conv2, 0, {grad_conv2->size(0), size}, {size, 1}));
   }
   if (!grad_x) return;
   finalise(state, 0, channels_in_, {&*grad_x, 0, channels_in_});

@@ -267,7 +267,8 @@ def _backward(ctx, kept: _Kept, grad_result: Tensor, needed: Sequence[bool]) -> 
     grad_affine = torch.empty_like(kept.affine)
     # Of 16-bit products, sums over chunks of rows.
     grad_conv1 = torch.empty_like(kept.conv1, dtype=wide) if any(needs_conv1) else None
-    grad_conv2 = torch.empty_like(kept.conv2) if any(needs_conv2) else None
+    wanted = sum(needs_conv2)
+    grad_conv2 = torch.empty_like(kept.conv2[:wanted]) if wanted else None
     with out_of_memory_as_torch_raises_it(features.device):
         _ops.dense_block_backward(
             grad_y, grad_features, grad_x, features, kept.bottlenecks, kept.statistics,
@@ -277,7 +278,8 @@ def _backward(ctx, kept: _Kept, grad_result: Tensor, needed: Sequence[bool]) -> 
         )  # fmt: skip
     if grad_x is not None:
         grad_x = grad_x.to(ctx.x_dtype)
-    gradients = [grad_x, *_unpack_gradients(plan, grad_affine, grad_conv1, grad_conv2)]
+    gradients = _unpack_gradients(plan, grad_affine, grad_conv1, grad_conv2, needs_conv2)
+    gradients.insert(0, grad_x)
     return [gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)]
 
 
@@ -314,7 +316,11 @@ def _pack_conv2(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _unpack_gradients(
-    plan: Plan, grad_affine: Tensor, grad_conv1: Tensor | None, grad_conv2: Tensor | None
+    plan: Plan,
+    grad_affine: Tensor,
+    grad_conv1: Tensor | None,
+    grad_conv2: Tensor | None,
+    needs_conv2: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of the parameters, each with the dtype and memory format of its own."""
     dtype = next((p.dtype for p in (*plan.weights, *plan.biases) if p is not None), None)
@@ -330,7 +336,9 @@ def _unpack_gradients(
         gradients += [None] * len(plan.conv2)
     else:
         images = grad_conv2.to(plan.conv2[0].dtype).movedim(-1, 2)  # channels-last, each
-        gradients += (images if is_channels_last(plan.conv2[0]) else images.contiguous()).unbind(0)
+        images = images if is_channels_last(plan.conv2[0]) else images.contiguous()
+        layers = iter(images.unbind(0))
+        gradients += [next(layers) if needs else None for needs in needs_conv2]
     return [
         g if g is None or p is None or g.dtype == p.dtype else g.to(p.dtype)
         for g, p in zip(gradients, plan.parameters, strict=True)

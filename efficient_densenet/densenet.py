@@ -325,15 +325,13 @@ class DenseBlock(nn.Module):
     def _new_plan(self, x: Tensor, reader: nn.Module | None) -> Plan | None:
         if self.why_not_fused(x) is not None:
             return None
-        norm = reader
-        if type(reader) is _Transition:
-            if _why_called(self, DenseBlock) or reader.why_not_fused(x):
+        norm = reader.norm if type(reader) is _Transition else reader
+        if reader is not None:
+            # Somebody listens to what is between them, or the reader is another.
+            if _why_called(self, DenseBlock) or _why_called(norm, *_BATCH_NORMS.values()):
                 return None
-            norm = reader.norm
-        elif reader is not None and (
-            _why_called(self, DenseBlock) or _why_called(reader, *_BATCH_NORMS.values())
-        ):
-            return None
+            if norm is not reader and (_why_called(reader, _Transition) or reader.why_not_fused(x)):
+                return None
         layers = list(self.children())
         drop_rate = layers[0].drop_rate if layers[0].training else 0.0
         tensors = [layer.tensors() for layer in layers]
@@ -487,7 +485,7 @@ class DenseNet(nn.Module):
     def _activations(self, x: Tensor) -> Tensor:
         """``relu(self.features(x))``"""
         if not self.efficient or _why_called(self.features, nn.Sequential) is not None:
-            return F.relu(self.features(x), inplace=True)
+            return F.relu(self.features(x))
         restores = self.training and self.drop_rate > 0
         modules = deque(self.features.children())
         while modules:
@@ -511,7 +509,7 @@ class DenseNet(nn.Module):
                 x = _fused_bn_relu(module, modules.popleft(), [x])
             else:
                 x = module(x)
-        return F.relu(x, inplace=True)
+        return F.relu(x)
 
 
 def _in_format(x: Tensor, channels_last: bool) -> Tensor:

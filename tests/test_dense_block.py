@@ -207,8 +207,10 @@ def test_float32_norms(device, dtype, norms, recompute):
 def test_error_ratio(device, dtype, mean, std):
     found = {recompute: [] for recompute in RECOMPUTE}
     settings = dict(channels=12, growth_rate=4, norm_dtype=torch.float32, mean=mean, std=std)
-    for seed in range(60):
-        problem = make_block_problem((4, 6, 6), dtype, device, seed=seed, **settings)
+    # With fewer rows, torch's own matrix product is less exact than its 1x1 convolution (float32,
+    # CPU: 1.7 times the error for 144 rows, 1.1 times for 600).
+    for seed in range(40):
+        problem = make_block_problem((4, 10, 10), dtype, device, seed=seed, **settings)
         for recompute in RECOMPUTE:
             errors = block_errors(problem, recompute=recompute)
             assert_error_rule(errors, dtype)
@@ -226,16 +228,15 @@ def by_layer(errors):
     ]
 
 
-@pytest.mark.parametrize(
-    "shape, weights_format",
-    [(SHAPES[0], "contiguous"), *((shape, f) for shape in SHAPES[1:] for f in FORMATS[:2])],
-    ids=str,
-)
+@pytest.mark.parametrize("weights_format", FORMATS[:2])
 @pytest.mark.parametrize("memory_format", FORMATS[:3])
-@by_dtype(torch.float64, torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 4, 6), (1, 3, 4, 5)], ids=str)
+@by_dtype()
 def test_dropout_has_the_masks_of_plain_torch(device, dtype, shape, memory_format, weights_format):
-    settings = dict(memory_format=memory_format, weights_format=weights_format)
-    problem = make_block_problem(shape, dtype, device, drop_rate=0.4, seed=3, **settings)
+    settings = dict(memory_format=memory_format, num_layers=2, drop_rate=0.4, seed=3)
+    if len(shape) > 2:  # modules have no other format for 1-d weights
+        settings["weights_format"] = weights_format
+    problem = make_block_problem(shape, dtype, device, **settings)
     plain = run(plain_dense_block, problem)["y"]
     after = torch.rand(3, device=device)
     for recompute in RECOMPUTE:
