@@ -134,12 +134,12 @@ def check(problem: Problem) -> None:
 def bench_kernels(problem: Problem, bandwidth: float) -> None:
     features = [x.detach() for x in problem.features()]
     weight, bias = (x.detach() for x in parameters(problem))
-    mean, var = OPS.concat_bn_stats(features, None, None, 0.1)
+    mean, var = OPS.concat_bn_stats(features)
     y = torch.cat(features, 1)
     grad_features = [torch.empty_like(x) for x in features]
     wanted = list(range(len(features)))
     calls = {  # passes over a tensor of the size of the result
-        "statistics": (1, lambda: OPS.concat_bn_stats(features, None, None, 0.1)),
+        "statistics": (1, lambda: OPS.concat_bn_stats(features)),
         "normalise": (2, lambda: OPS.concat_bn_relu(features, mean, var, weight, bias, 1e-5, y)),
         "backward": (
             5,

@@ -203,27 +203,26 @@ class _State:
             x.dtype, x.device, x.dim(), x.size(1), min(x.shape[2:], default=0) < 2,
             torch.get_autocast_dtype(kind) if autocast else None, _has_any_global_hook(),
         ]  # fmt: skip
-        for module in modules:
-            if module is not None:
-                self._add(module)
-
-    def _add(self, module: nn.Module) -> None:
-        attributes = vars(module)
-        parameters = attributes["_parameters"].values()
-        self.objects += attributes.values()
-        self.objects += parameters
-        self.objects += attributes["_buffers"].values()
-        for name in _HOOKS:
-            if attributes[name]:
-                self.objects += attributes[name].values()
-        # Module.to and the like put other data into the same parameter.
-        for parameter in parameters:
-            if parameter is not None:
-                self.facts += parameter.dtype, parameter.device, parameter.shape
-        for child in attributes["_modules"].values():
-            self.objects.append(child)
-            if child is not None:
-                self._add(child)
+        objects, facts = self.objects, self.facts
+        remaining = [module for module in modules if module is not None]
+        while remaining:
+            attributes = vars(remaining.pop())
+            objects += attributes.values()
+            parameters, children = attributes["_parameters"], attributes["_modules"]
+            if parameters:
+                objects += parameters.values()
+                # Module.to and the like put other data into the same parameter.
+                for parameter in parameters.values():
+                    if parameter is not None:
+                        facts += parameter.dtype, parameter.device, parameter.shape
+            if attributes["_buffers"]:
+                objects += attributes["_buffers"].values()
+            if children:
+                objects += children.values()
+                remaining += filter(None.__ne__, children.values())
+            for name in _HOOKS:
+                if attributes[name]:
+                    objects += attributes[name].values()
 
     def is_as(self, other: _State) -> bool:
         return (

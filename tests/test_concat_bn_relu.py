@@ -389,7 +389,7 @@ def test_side_stream():
 
 
 SAMPLES = {
-    "concat_bn_stats": lambda p: (p.features, p.running_mean, p.running_var, 0.1),
+    "concat_bn_stats": lambda p: (p.features,),
     "concat_bn_relu": lambda p: (
         p.features,
         p.running_mean.double(),
@@ -434,9 +434,9 @@ def test_operators_check_what_would_be_out_of_bounds(device):
     with pytest.raises(RuntimeError, match="y: expected 7 channels, got 6"):
         ops.concat_bn_relu(p.features, mean, var, None, None, 1e-5, p.grad_y[:, :6])
     with pytest.raises(RuntimeError, match="features: batch or spatial sizes differ"):
-        ops.concat_bn_stats([p.features[0], p.features[1][:5]], None, None, 0.1)
+        ops.concat_bn_stats([p.features[0], p.features[1][:5]])
     with pytest.raises(RuntimeError, match="features: dtype differs"):
-        ops.concat_bn_stats([p.features[0], p.features[1].double()], None, None, 0.1)
+        ops.concat_bn_stats([p.features[0], p.features[1].double()])
     with pytest.raises(RuntimeError, match="wanted: expected indices of features, got 2"):
         ops.concat_bn_relu_backward(
             p.grad_y, p.features, mean, var, None, None, 1e-5, True, [2], [p.features[0]]

@@ -42,6 +42,20 @@ SHAPES = [(4, 15), (3, 4, 6), (2, 3, 4, 5)]  # batch and spatial sizes
 TINY = [(3, 3), (2, 2, 2), (2, 1, 2, 2)]
 FEW = dict(num_layers=2, channels=2, growth_rate=1, bottleneck=3)
 BOTH = pytest.mark.parametrize("recompute", RECOMPUTE)
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small problems are no faster on more, and far slower where other processes run as well."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def all_threads(one_thread):
+    torch.set_num_threads(THREADS)
 
 
 def by_dtype(*dtypes):
@@ -123,7 +137,7 @@ MANY = (3, 150, 101)  # with 100 channels of 4 bytes: more than the scratch of a
 
 @pytest.mark.parametrize("norms", ["training", "mixed"])
 @by_dtype(torch.float32, torch.bfloat16)
-def test_many_rows(device, dtype, norms):
+def test_many_rows(device, dtype, norms, all_threads):
     problem = make_block_problem(
         MANY, dtype, device, num_layers=2, channels=400 // dtype.itemsize, norms=norms
     )
@@ -132,7 +146,7 @@ def test_many_rows(device, dtype, norms):
 
 
 @by_dtype(torch.float32, torch.bfloat16)
-def test_rounding_does_not_add_up(device, dtype):
+def test_rounding_does_not_add_up(device, dtype, all_threads):
     """What batch norms send back has a sum of 0 over the rows, but for rounding.
 
     Rounding errors of M rows that are random add up to sqrt(M) times one of them. Taking the same
@@ -563,14 +577,11 @@ def test_statistics_do_not_depend_on_the_number_of_threads():
     """Nor does anything else that our kernels compute; matrix products are torch's."""
     problem = make_block_problem((5, 40, 30), num_layers=1)
     names = [f"layers[0].norm1.running_{name}" for name in ("mean", "var")]
-    first, threads = run(dense_block, problem), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            again = run(dense_block, problem)
-            assert all(torch.equal(again[name], first[name]) for name in names)
-    finally:
-        torch.set_num_threads(threads)
+    first = run(dense_block, problem)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        again = run(dense_block, problem)
+        assert all(torch.equal(again[name], first[name]) for name in names)
 
 
 TF32 = """
@@ -716,7 +727,7 @@ def test_gradient_accumulation(device):
 
 
 @BOTH
-def test_memory_does_not_creep(device, recompute):
+def test_memory_does_not_creep(device, recompute, all_threads):
     _, block = block_pair(device, torch.float32, recompute=recompute, drop_rate=0.1)
     x = torch.randn(4, 8, 6, 6, device=device, requires_grad=True)
 

@@ -236,6 +236,7 @@ def test_copies_and_pickles_as_empty(device):
 
 def test_memory_goes_away_with_the_storage(device):
     x = torch.randn(4, 3, device=device, requires_grad=True)
+    gc.collect()  # what other tests have left
     before = torch.cuda.memory_allocated()
     storage = SharedStorage()
     concat_bn_relu([x], None, None, training=True, storage=storage)
