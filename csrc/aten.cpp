@@ -96,6 +96,14 @@ Tensor convolution(const Tensor& x, const Tensor& weight) {
 
 ConvolutionGradients convolution_backward(const Tensor& grad_y, const Tensor& x,
                                           const Tensor& weight, bool wants_x, bool wants_weight) {
+  if (x.device().is_cpu() && x.dim() == 5 && x.scalar_type() == ScalarType::BFloat16 &&
+      !x.is_contiguous()) {
+    // With channels-last memory, torch 2.11 to 2.14 leave the weight's gradient unwritten where
+    // images are smaller than the kernel.
+    using torch::stable::contiguous;
+    return convolution_backward(contiguous(grad_y), contiguous(x), contiguous(weight), wants_x,
+                                wants_weight);
+  }
   const Convolution c(weight);
   const bool wanted[] = {wants_x, wants_weight, false};
   std::array<StableIValue, 11> stack{from(grad_y),

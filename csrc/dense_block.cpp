@@ -30,7 +30,7 @@ namespace {
 using Sizes = std::vector<int64_t>;
 
 // The normalised rows of so many bytes are multiplied while they are still in the cache.
-constexpr int64_t kChunkBytesCuda = 16 << 20, kChunkBytesCpu = 1 << 20;
+constexpr int64_t kChunkBytesCuda = 32 << 20, kChunkBytesCpu = 1 << 20;
 
 // What forward and backward of a block are called with alike.
 struct Arguments {

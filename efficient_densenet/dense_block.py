@@ -399,7 +399,8 @@ def _dropout_mask(plan: Plan, x: Tensor) -> Tensor:
     """
     n, _, *spatial = x.shape
     mask = x.new_empty((len(plan.layers), n, *spatial, plan.growth), dtype=torch.bool)
-    formats = plain_formats(x, [(layer.conv1, layer.conv2) for layer in plan.layers])
+    convolutions = [(layer.conv1, layer.conv2) for layer in plan.layers]
+    formats = plain_formats(x, convolutions, plan.dtype)
     for layer, channels_last in enumerate(formats):
         sizes = n, plan.growth, *spatial
         ones = x.new_empty_strided(sizes, dense_strides(sizes, channels_last), dtype=plan.dtype)

@@ -219,7 +219,7 @@ class _State:
                 objects += attributes["_buffers"].values()
             if children:
                 objects += children.values()
-                remaining += filter(None.__ne__, children.values())
+                remaining += [child for child in children.values() if child is not None]
             for name in _HOOKS:
                 if attributes[name]:
                     objects += attributes[name].values()
@@ -340,7 +340,7 @@ class DenseBlock(nn.Module):
     def is_plainly_channels_last(self, x: Tensor) -> bool:
         """Whether the output would be channels-last with ``efficient=False``."""
         weights = [(layer.conv1.weight, layer.conv2.weight) for layer in self.children()]
-        return is_channels_last(x) and all(plain_formats(x, weights))
+        return is_channels_last(x) and all(plain_formats(x, weights, _dtype(x)))
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the block would run layer by layer on this input; None where it would not."""
@@ -493,22 +493,29 @@ class DenseNet(nn.Module):
                 channels_last = restores and module.is_plainly_channels_last(x)
                 plan = module.plan(x, modules[0]) if _may_read_fused(modules) else None
                 if plan is None:
-                    x = module(x)
+                    y = module(x)
                 else:
                     reader = modules.popleft()
                     if not isinstance(reader, _Transition):  # the final norm
                         return plan.run(x)
-                    weight = reader.conv.weight
-                    channels_last = convolution_is_channels_last(x, channels_last, weight)
-                    x = reader.conv(plan.run(x))
-                if restores:
-                    x = _in_format(x, channels_last)
+                    y = reader.conv(plan.run(x))
+                    channels_last = restores and convolution_is_channels_last(
+                        x, channels_last, reader.conv.weight, _dtype(x)
+                    )
+                x = _in_format(y, channels_last) if restores else y
             elif len(modules) > 1 and _why_not_norm_relu(module, modules[0]) is None:  # the stem
                 modules.popleft()
                 x = _fused_bn_relu(module, modules.popleft(), [x])
             else:
                 x = module(x)
         return F.relu(x)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of x is computed in."""
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def _in_format(x: Tensor, channels_last: bool) -> Tensor:

@@ -36,18 +36,34 @@ def dense_strides(sizes: Sequence[int], channels_last: bool) -> list[int]:
     return strides
 
 
-def convolution_is_channels_last(x: Tensor, x_is_channels_last: bool, weight: Tensor) -> bool:
-    """The memory format of torch's convolution of an x of some format, of the dtype of ``x``."""
-    if x.dtype == torch.float64 and (x.is_cuda or x.dim() == 5):  # know no other
-        return False
-    return x_is_channels_last or is_channels_last(weight)
+def convolution_is_channels_last(
+    x: Tensor, x_is_channels_last: bool, weight: Tensor, dtype: torch.dtype
+) -> bool:
+    """Whether torch's result of a convolution is, with images of ``x`` in some format and dtype."""
+    dims = x.dim() - 2
+    if x.is_cuda:
+        knows_channels_last = dtype != torch.float64
+        return knows_channels_last and (x_is_channels_last or is_channels_last(weight))
+    sizes = x.size(0), weight.size(1), *x.shape[2:]
+    strides = dense_strides(sizes, x_is_channels_last and dims > 1)
+    images = torch.empty_strided(sizes, strides, dtype=dtype, device=x.device)
+    padding = [size // 2 for size in weight.shape[2:]]
+    ones, zeros = [1] * dims, [0] * dims
+    weight = weight.detach().to(dtype)
+    backend = torch._C._select_conv_backend(
+        images, weight, None, ones, padding, ones, False, zeros, 1, None
+    )
+    format_ = torch._C._conv_determine_backend_memory_format(images, weight, backend)
+    return dims > 1 and format_ in (torch.channels_last, torch.channels_last_3d)
 
 
-def plain_formats(x: Tensor, convolutions: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+def plain_formats(
+    x: Tensor, convolutions: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> list[bool]:
     """Whether the new features of each dense layer are channels-last in the plain composition."""
     concatenation, formats = is_channels_last(x), []
     for conv1, conv2 in convolutions:
-        bottleneck = convolution_is_channels_last(x, concatenation, conv1)
-        formats.append(convolution_is_channels_last(x, bottleneck, conv2))
+        bottleneck = convolution_is_channels_last(x, concatenation, conv1, dtype)
+        formats.append(convolution_is_channels_last(x, bottleneck, conv2, dtype))
         concatenation = concatenation and formats[-1]
     return formats

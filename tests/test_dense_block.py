@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from block_reference import (
     MODES,
@@ -24,7 +26,6 @@ from block_reference import (
     block_errors,
     make_block_problem,
     map_tensors,
-    plain_batch_norm,
     plain_dense_block,
     run,
 )
@@ -132,14 +133,14 @@ def test_sizes(device, dtype, sizes, memory_format, recompute):
     assert_block_matches(make_block_problem(**settings, **SIZES[sizes]), recompute=recompute)
 
 
-MANY = (3, 150, 101)  # with 100 channels of 4 bytes: more than the scratch of a chunk
+MANY = (3, 150, 101)  # with 200 channels of 4 bytes: more than the scratch of a chunk
 
 
 @pytest.mark.parametrize("norms", ["training", "mixed"])
 @by_dtype(torch.float32, torch.bfloat16)
 def test_many_rows(device, dtype, norms, all_threads):
     problem = make_block_problem(
-        MANY, dtype, device, num_layers=2, channels=400 // dtype.itemsize, norms=norms
+        MANY, dtype, device, num_layers=2, channels=800 // dtype.itemsize, norms=norms
     )
     for recompute in RECOMPUTE:
         assert_block_matches(problem, recompute=recompute)
@@ -164,6 +165,52 @@ def test_rounding_does_not_add_up(device, dtype, all_threads):
         for block in (dense_block, plain_dense_block)
     )
     assert math.exp(ours - torchs) < 1.4
+
+
+def test_bfloat16_images_smaller_than_the_kernel(device):
+    """Here torch's convolution of channels-last tensors leaves the weight's gradient unwritten."""
+    assert_block_matches(make_block_problem((2, 2, 5, 4), torch.bfloat16, device))
+
+
+@BOTH
+def test_empty_batch(device, recompute):
+    problem = make_block_problem((2, 4, 4), torch.float32, device)
+    ours, plain = problem.fresh(), problem.fresh()
+    y = dense_block(ours.x[:0], ours.layers, recompute=recompute)
+    assert y.shape == plain_dense_block(plain.x[:0], plain.layers).shape
+    y.sum().backward()
+    for layer, expected in zip(ours.layers, plain.layers, strict=True):
+        assert not layer.conv1.grad.any() and not layer.norm2.weight.grad.any()
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            found = getattr(layer.norm1, name)
+            assert torch.equal(found, getattr(expected.norm1, name)), name
+
+
+class Recorded(TorchDispatchMode):
+    """The calls of our operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "efficient_densenet":
+            clone = partial(tree_map_only, torch.Tensor, lambda x: x.detach().clone())
+            self.calls.append((func, clone(args)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norms", ["training", "mixed"])
+@BOTH
+def test_opcheck(device, norms, recompute):
+    p = make_block_problem((3, 4, 6), torch.float32, device, norms=norms).fresh()
+    with Recorded() as recorded:
+        dense_block(p.x, p.layers, 0.2, recompute).sum().backward()
+    names = [func.__name__ for func, _ in recorded.calls]
+    expected = ["dense_block", "update_running_statistics", "dense_block_backward"]
+    assert [name.removesuffix(".default") for name in names] == expected
+    for func, args in recorded.calls:
+        torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
 
 
 VARIANTS = {
@@ -727,7 +774,7 @@ def test_gradient_accumulation(device):
 
 
 @BOTH
-def test_memory_does_not_creep(device, recompute, all_threads):
+def test_memory_does_not_creep(device, recompute):
     _, block = block_pair(device, torch.float32, recompute=recompute, drop_rate=0.1)
     x = torch.randn(4, 8, 6, 6, device=device, requires_grad=True)
 
@@ -1011,112 +1058,3 @@ def test_one_value_per_channel(device):
     message = "Expected more than 1 value per channel when training"
     assert_refuses(p, change_x(lambda x: x[:1, :, :1, :1]), message)
     assert_block_matches(make_block_problem((1, 1, 1), torch.float64, device, norms="evaluation"))
-
-
-# The comparison itself finds planted errors
-
-
-def without_correction(x, norm, parts=("mean", "var")):
-    """The right result; the gradient forgets that these statistics depend on x."""
-    if not norm.training:
-        return plain_batch_norm(x, norm)
-    wide = x if x.dtype == torch.float64 else x.float()
-    dims = [d for d in range(x.dim()) if d != 1]
-    mean, var = wide.mean(dims, keepdim=True), wide.var(dims, correction=0, keepdim=True)
-    mean = mean.detach() if "mean" in parts else mean
-    var = var.detach() if "var" in parts else var
-    plain_batch_norm(x, norm)  # updates the statistics
-    xhat = (wide - mean) / (var + norm.eps).sqrt()
-    zeros = torch.zeros_like(norm.weight.detach())
-    frozen = norm._replace(running_mean=zeros, running_var=zeros + 1)
-    frozen = frozen._replace(training=False, eps=0)
-    return plain_batch_norm(xhat.to(x.dtype), frozen)
-
-
-def correction_of_a_frozen_norm(x, norm):
-    y = plain_batch_norm(x, norm)
-    if norm.training:
-        return y
-    training = norm._replace(
-        training=True, running_mean=None, running_var=None, num_batches_tracked=None
-    )
-    trained = plain_batch_norm(x, training)
-    return y.detach() + trained - trained.detach()
-
-
-def changed_statistics(change):
-    def batch_norm(x, norm):
-        before = None if norm.running_var is None else norm.running_var.clone()
-        y = plain_batch_norm(x, norm)
-        if norm.training:
-            change(norm, before, x)
-        return y
-
-    return batch_norm
-
-
-def biased(norm, before, x):
-    rows = x.numel() // x.size(1)
-    norm.running_var.data.sub_((norm.running_var - (1 - norm.momentum) * before) / rows)
-
-
-def few_eps(x, norm, of_gradient):
-    y = plain_batch_norm(x, norm)
-    factor = 1 + max(16 * torch.finfo(x.dtype).eps, 1e-9)
-    if not of_gradient:
-        return y * factor
-    y.register_hook(lambda gradient: gradient * factor)
-    return y
-
-
-PLANTED = {
-    "a few eps in the result": partial(few_eps, of_gradient=False),
-    "a few eps in the gradient": partial(few_eps, of_gradient=True),
-    "no correction": without_correction,
-    "no correction for the mean": partial(without_correction, parts=["mean"]),
-    "no correction for the variance": partial(without_correction, parts=["var"]),
-    "correction of a frozen norm": correction_of_a_frozen_norm,
-    "one eps for all": lambda x, norm: plain_batch_norm(x, norm._replace(eps=0.1)),
-    "bias forgotten": lambda x, norm: plain_batch_norm(x, norm._replace(bias=0 * norm.bias)),
-    "biased variance": changed_statistics(biased),
-    "updated twice": changed_statistics(lambda norm, before, x: plain_batch_norm(x, norm)),
-    "not counted": changed_statistics(lambda norm, *_: norm.num_batches_tracked.sub_(1)),
-}
-
-
-def planted_problem(dtype):
-    """Few rows and a high momentum, so that wrong terms are far larger than 16-bit rounding."""
-    return make_block_problem(
-        (2, 2, 3), dtype, norms=lambda layer, norm: dict(training=layer != 1, momentum=0.9)
-    )
-
-
-@pytest.mark.parametrize("planted", PLANTED)
-@by_dtype()
-def test_planted_errors_are_found(dtype, planted):
-    block = partial(plain_dense_block, batch_norm=PLANTED[planted])
-    with pytest.raises(AssertionError, match="error"):
-        assert_block_matches(planted_problem(dtype), block)
-
-
-@pytest.mark.parametrize("norms", MODES)
-@by_dtype()
-def test_problems_have_no_kinks(dtype, norms):
-    """The masks of plain torch are those of float64, and most channels have both kinds."""
-    for seed in range(8):
-        problem = make_block_problem(dtype=dtype, norms=norms, seed=seed)
-        masks = []
-        for p in (problem.fresh(), problem.to(torch.float64).fresh()):
-            found = []
-
-            def batch_norm(x, norm, found=found):
-                y = plain_batch_norm(x, norm)
-                found.append((y.detach() > 0).transpose(0, 1).flatten(1))
-                return y
-
-            plain_dense_block(p.x, p.layers, batch_norm=batch_norm)
-            masks.append(torch.cat(found))
-        assert torch.equal(*masks)
-        opened = masks[0].double().mean(1)
-        assert ((opened > 0) & (opened < 1)).double().mean() > 0.5
-        assert opened.mean() > 0.3

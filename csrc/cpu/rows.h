@@ -18,7 +18,6 @@
 #include <cmath>
 #include <vector>
 
-#include "../checks.h"
 #include "../concat_bn_relu.h"
 #include "loops.h"
 
