@@ -349,7 +349,7 @@ class Run:
                 if leads and step % 10 == 0:  # seldom, for reading the totals waits for the GPU
                     sum_loss, wrong, seen = totals.tolist()
                     status = f"loss {sum_loss / seen:.3f}, error {wrong / seen:.1%}, "
-                    bar.set_postfix_str(status + f"peak {peak_memory_mb(device):.0f} MB", False)
+                    bar.set_postfix_str(status + f"peak {peak_memory_mb(device):.0f} MB")
                 bar.update(len(labels) * self.process.world_size)
         sum_loss, wrong, seen = reduce(totals).tolist()
         seconds = time.perf_counter() - start

@@ -47,7 +47,7 @@ struct Arguments {
   std::optional<Tensor> dropout_mask;  // [L, N, *spatial, k], bool
   double dropout_scale;
   bool use_mm;   // the 1x1 convolutions as matrix products, else as convolutions
-  bool pooling;  // the last reader averages 2 x 2 rows
+  bool pooling;  // the last reader averages windows of pixels
 };
 
 class Block {
@@ -174,6 +174,9 @@ Block::Block(const Arguments& arguments)
   rows_ = rows.count;
   images_ = x.size(0);
   check(rows_ > 0, arguments, "features: expected at least one element");
+  for (const Tensor& other : {arguments.statistics, w1, w2, arguments.affine}) {
+    check(other.device() == device_, arguments, "features: expected all tensors on its device");
+  }
   check(rows.dims == 1 && features_view.channel_stride == 1, arguments,
         "features: expected channels-last memory");
   features_ = {&x, 0, features_view.row_strides[0]};
@@ -208,6 +211,10 @@ Block::Block(const Arguments& arguments)
   check(frozen_count_ == 0 || (arguments.frozen && is_matrix(*arguments.frozen, 2, frozen_count_) &&
                                arguments.frozen->scalar_type() == ScalarType::Double),
         arguments, "frozen: expected float64 [2, channels of the frozen norms]");
+  check(!arguments.dropout_mask || (arguments.dropout_mask->scalar_type() == ScalarType::Bool &&
+                                    arguments.dropout_mask->is_contiguous() &&
+                                    arguments.dropout_mask->numel() == layers_ * rows_ * growth_),
+        arguments, "dropout_mask: expected contiguous bool [L, N, *spatial, k]");
   // The arrays' second rows begin where the counts are known only now.
   int64_t frozen_begin = 0;
   for (size_t n = 0; n < norms_.size(); ++n) {

@@ -62,23 +62,27 @@ struct RunningStatistics {
   Element element;
 };
 
-#define EFFICIENT_DENSENET_DENSE_BLOCK_KERNELS                                                     \
-  /* Adds scale * dz to G, and its sums over the rows to `sums`. */                                \
-  void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const Reader& reader);  \
-  /* problem.features[0].grad_x = the formula above; arrays are those of the C channels. */        \
-  void dense_block_finalise(const Problem& problem, const View& grad_features, const double* mean, \
-                            const Correction& correction);                                         \
-  /* y = pooled relu(bn(x)); y has the pooled rows. */                                             \
-  void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling& pooling,       \
-                        const View& y);                                                            \
-  void update_running_statistics(const std::vector<RunningStatistics>& norms, int64_t rows,        \
-                                 void* stream);
-
 namespace cpu {
-EFFICIENT_DENSENET_DENSE_BLOCK_KERNELS
-}
+// Adds scale * dz to G, and its sums over the rows to `sums`.
+void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const Reader& reader);
+// problem.features[0].grad_x = the formula above; arrays are those of the C channels.
+void dense_block_finalise(const Problem& problem, const View& grad_features, const double* mean,
+                          const Correction& correction);
+// y = pooled relu(bn(x)); y has the pooled rows.
+void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling& pooling,
+                      const View& y);
+void update_running_statistics(const std::vector<RunningStatistics>& norms, int64_t rows,
+                               void* stream);
+}  // namespace cpu
+
 namespace cuda {
-EFFICIENT_DENSENET_DENSE_BLOCK_KERNELS
-}
+void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const Reader& reader);
+void dense_block_finalise(const Problem& problem, const View& grad_features, const double* mean,
+                          const Correction& correction);
+void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling& pooling,
+                      const View& y);
+void update_running_statistics(const std::vector<RunningStatistics>& norms, int64_t rows,
+                               void* stream);
+}  // namespace cuda
 
 }  // namespace efficient_densenet

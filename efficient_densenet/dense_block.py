@@ -161,26 +161,15 @@ class Plan:
                 norm.num_batches_tracked.add_(1)
 
 
-class _Packed(NamedTuple):
-    """All parameters in few tensors, as csrc/dense_block.cpp describes them."""
-
-    conv1: Tensor
-    conv2: Tensor
-    affine: Tensor
-    frozen: Tensor | None
-
-
 class _Kept(NamedTuple):
-    """What the backward pass needs."""
+    """What the backward pass needs besides the convolutions' weights."""
 
     features: Tensor
     bottlenecks: Tensor | None
     statistics: Tensor
-    dropout_mask: Tensor | None
-    conv1: Tensor
-    conv2: Tensor
     affine: Tensor
     frozen: Tensor | None
+    dropout_mask: Tensor | None
 
 
 class _Forward(NamedTuple):
@@ -200,30 +189,34 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
     if rows == 0:
         plan.count_batch()
         return _Forward(result, None)
-    packed = _pack(plan, x)
     layers = len(plan.layers)
     statistics = x.new_empty((2, plan.channels + layers * plan.bottleneck), dtype=torch.float64)
     bottlenecks = None
     if keeps and plan.keeps_bottlenecks:
         bottlenecks = features.new_empty((layers, rows, plan.bottleneck))
     mask = _dropout_mask(plan, x) if plan.drop_rate > 0 else None
+    kept = _Kept(features, bottlenecks, statistics, *_pack_norms(plan, x), mask)
     with out_of_memory_as_torch_raises_it(x.device):
         _ops.dense_block(
-            features, bottlenecks, statistics, *packed, *_settings(plan, features, mask),
+            features, bottlenecks, statistics, _pack_conv1(plan.conv1, plan.dtype),
+            _pack_conv2(plan.conv2, plan.dtype), *_settings(plan, kept),
             result if plan.reads else None, plan.pool,
         )  # fmt: skip
     # Last, so that an error leaves them as they were.
     plan.running_statistics.update(statistics[0], statistics[1], rows)
-    return _Forward(result, _Kept(features, bottlenecks, statistics, mask, *packed))
+    return _Forward(result, kept)
 
 
-def _settings(plan: Plan, features: Tensor, mask: Tensor | None) -> tuple:
-    scale = 1 / (1 - plan.drop_rate)
-    return plan.frozen_norms, plan.eps, mask, scale, _convolutions_as_products(features)
+def _settings(plan: Plan, kept: _Kept) -> tuple:
+    """What both operators take alike, in their order."""
+    scale, use_mm = 1 / (1 - plan.drop_rate), _convolutions_as_products(kept.features)
+    return (
+        kept.affine, kept.frozen, plan.frozen_norms, plan.eps, kept.dropout_mask, scale, use_mm,
+    )  # fmt: skip
 
 
 class _DenseBlock(torch.autograd.Function):
-    """Saves the features, per-channel numbers, packed weights and, if asked to, bottlenecks."""
+    """Saves the features, per-channel numbers and, if asked to, bottlenecks; and the weights."""
 
     @staticmethod
     def forward(ctx, plan, x, *parameters):
@@ -231,7 +224,7 @@ class _DenseBlock(torch.autograd.Function):
         ctx.plan = plan
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(kept or ()))
+        ctx.save_for_backward(*((*kept, *plan.conv1, *plan.conv2) if kept else ()))
         return result
 
     @staticmethod
@@ -239,8 +232,8 @@ class _DenseBlock(torch.autograd.Function):
     def backward(ctx, grad_result):
         if grad_result is None:
             return (None,) * len(ctx.needs_input_grad)
-        plan, needed = ctx.plan, ctx.needs_input_grad[1:]
-        if not ctx.saved_tensors:  # an empty batch
+        plan, needed, saved = ctx.plan, ctx.needs_input_grad[1:], ctx.saved_tensors
+        if not saved:  # an empty batch
             x = grad_result.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
             zeros = [x, *(None if p is None else torch.zeros_like(p) for p in plan.parameters)]
             return None, *(g if needs else None for g, needs in zip(zeros, needed, strict=True))
@@ -248,11 +241,17 @@ class _DenseBlock(torch.autograd.Function):
         # The forward pass has done its casts.
         autocast = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            return None, *_backward(ctx, _Kept(*ctx.saved_tensors), grad_result, needed)
+            return None, *_backward(ctx, saved, grad_result, needed)
 
 
-def _backward(ctx, kept: _Kept, grad_result: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+def _backward(
+    ctx, saved: Sequence[Tensor | None], grad_result: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
     plan, layers = ctx.plan, len(ctx.plan.layers)
+    kept = _Kept(*saved[: -2 * layers])
+    # Packed again, so that only one block's copies exist at a time.
+    conv1 = _pack_conv1(saved[-2 * layers : -layers], plan.dtype)
+    conv2 = _pack_conv2(saved[-layers:], plan.dtype)
     needs_conv1, needs_conv2 = list(needed[-2 * layers : -layers]), list(needed[-layers:])
     features = kept.features
     # At least float32: docs/design.md, "The dense block".
@@ -266,14 +265,13 @@ def _backward(ctx, kept: _Kept, grad_result: Tensor, needed: Sequence[bool]) -> 
     grad_x = _new_channels_last(ctx.x_shape, features) if needed[0] else None
     grad_affine = torch.empty_like(kept.affine)
     # Of 16-bit products, sums over chunks of rows.
-    grad_conv1 = torch.empty_like(kept.conv1, dtype=wide) if any(needs_conv1) else None
+    grad_conv1 = torch.empty_like(conv1, dtype=wide) if any(needs_conv1) else None
     wanted = sum(needs_conv2)
-    grad_conv2 = torch.empty_like(kept.conv2[:wanted]) if wanted else None
+    grad_conv2 = torch.empty_like(conv2[:wanted]) if wanted else None
     with out_of_memory_as_torch_raises_it(features.device):
         _ops.dense_block_backward(
             grad_y, grad_features, grad_x, features, kept.bottlenecks, kept.statistics,
-            kept.conv1, kept.conv2, kept.affine, kept.frozen,
-            *_settings(plan, features, kept.dropout_mask), plan.pool,
+            conv1, conv2, *_settings(plan, kept), plan.pool,
             grad_affine, grad_conv1, needs_conv1, grad_conv2, needs_conv2,
         )  # fmt: skip
     if grad_x is not None:
@@ -287,7 +285,8 @@ def _backward(ctx, kept: _Kept, grad_result: Tensor, needed: Sequence[bool]) -> 
 # Packing
 
 
-def _pack(plan: Plan, x: Tensor) -> _Packed:
+def _pack_norms(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``affine`` and ``frozen`` of csrc/dense_block.cpp."""
     wide = torch.promote_types(plan.dtype, torch.float32)
     affine = [
         x.new_full((channels,), default, dtype=wide) if tensor is None else tensor
@@ -299,20 +298,20 @@ def _pack(plan: Plan, x: Tensor) -> _Packed:
         used = [plan.norms[i] for i in plan.frozen_norms]
         running = [*(norm.running_mean for norm in used), *(norm.running_var for norm in used)]
         frozen = torch.cat(running).to(torch.float64).view(2, -1)
-    return _Packed(
-        torch.cat([weight.reshape(-1) for weight in plan.conv1]).to(plan.dtype),
-        _pack_conv2(plan.conv2).to(plan.dtype),
-        torch.cat(affine).to(wide).view(2, -1),
-        frozen,
-    )
+    return torch.cat(affine).to(wide).view(2, -1), frozen
 
 
-def _pack_conv2(weights: Sequence[Tensor]) -> Tensor:
+def _pack_conv1(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The ``[B, C_l]`` one after the other."""
+    return torch.cat([weight.reshape(-1) for weight in weights]).to(dtype)
+
+
+def _pack_conv2(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """``[L, k, *kernel, B]``, contiguous."""
     inner = [weight.movedim(1, -1) for weight in weights]
     if all(weight.is_contiguous() for weight in inner):  # channels-last weights
-        return torch.stack(inner)
-    return torch.stack(list(weights)).movedim(2, -1).contiguous()
+        return torch.stack(inner).to(dtype)
+    return torch.stack(list(weights)).movedim(2, -1).to(dtype).contiguous()
 
 
 def _unpack_gradients(
