@@ -94,6 +94,7 @@ class Network:
 
 
 NETWORKS = {
+    "bc40": Network(12, (6, 6, 6), 24, small_inputs=True),  # for a CPU
     "bc100": Network(12, (16, 16, 16), 24, small_inputs=True),
     "bc190": Network(40, (31, 31, 31), 80, small_inputs=True),
     "densenet121": Network(32, (6, 12, 24, 16), 64),
