@@ -166,8 +166,12 @@ def check_block_arguments(
         if not hasattr(layer, "conv2"):
             raise TypeError(f"layers[{i}]: expected a DenseLayer, got {_type(layer)}")
     dtype = _block_dtype(x)
-    channels = x.size(1)
-    first = layers[0].conv2
+    channels, first = x.size(1), layers[0].conv2
+    reads = getattr(layers[0].conv1, "shape", (0, channels))[1]
+    if reads != channels:
+        raise ValueError(
+            f"x: expected {reads} channels, which layers[0].conv1 reads, got shape {list(x.shape)}"
+        )
     for i, layer in enumerate(layers):
         name = f"layers[{i}]"
         _check_convolutions(name, layer, channels, first, x, dtype)
