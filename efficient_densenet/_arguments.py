@@ -56,16 +56,9 @@ def _check_features(features: Sequence[Tensor]) -> None:
     if not features:
         raise ValueError("features: expected at least one tensor, got an empty list")
     for i, feature in enumerate(features):
-        if not isinstance(feature, Tensor):
-            raise TypeError(f"features[{i}]: expected a tensor, got {_type(feature)}")
+        _check_tensor(f"features[{i}]", feature)
     first = features[0]
-    if not 2 <= first.dim() <= 5:
-        raise ValueError(
-            "features[0]: expected [N, C, *spatial] with 0 to 3 spatial dimensions, got shape "
-            f"{list(first.shape)}"
-        )
-    if first.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"features[0]: expected a CPU or CUDA tensor, got one on {first.device}")
+    _check_images("features[0]", first, fewest_spatial_dims=0)
     without_channels = _without_channels(first)
     for i, feature in enumerate(features):
         if _without_channels(feature) != without_channels:
@@ -80,6 +73,26 @@ def _check_features(features: Sequence[Tensor]) -> None:
             )
 
 
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_type(value)}")
+
+
+def _check_images(name: str, x: Tensor, fewest_spatial_dims: int) -> None:
+    if not 2 + fewest_spatial_dims <= x.dim() <= 5:
+        raise ValueError(
+            f"{name}: expected [N, C, *spatial] with {fewest_spatial_dims} to 3 spatial "
+            f"dimensions, got shape {list(x.shape)}"
+        )
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {x.device}")
+
+
+def _check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {x.dtype}")
+
+
 def _without_channels(feature: Tensor) -> tuple[int, ...]:
     shape = feature.shape
     return shape[:1] + shape[2:]
@@ -87,12 +100,8 @@ def _without_channels(feature: Tensor) -> tuple[int, ...]:
 
 def _check_dtypes(features: Sequence[Tensor]) -> torch.dtype:
     for i, feature in enumerate(features):
-        if feature.dtype not in _DTYPES:
-            raise TypeError(
-                f"features[{i}]: expected float64, float32, float16 or bfloat16, "
-                f"got {feature.dtype}"
-            )
-    dtypes = [_autocast_dtype(feature) or feature.dtype for feature in features]
+        _check_dtype(f"features[{i}]", feature)
+    dtypes = [computed_dtype(feature) for feature in features]
     for i, dtype in enumerate(dtypes):
         if dtype != dtypes[0]:
             raise TypeError(f"features[{i}]: expected {dtypes[0]} of features[0], got {dtype}")
@@ -143,15 +152,8 @@ def check_block_arguments(
     reader: BatchNorm | None,
 ) -> torch.dtype:
     """The dtype of the features of a dense block, or an error that names the wrong argument."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {_type(x)}")
-    if not 3 <= x.dim() <= 5:
-        raise ValueError(
-            "x: expected [N, C, *spatial] with 1 to 3 spatial dimensions, got shape "
-            f"{list(x.shape)}"
-        )
-    if x.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"x: expected a CPU or CUDA tensor, got one on {x.device}")
+    _check_tensor("x", x)
+    _check_images("x", x, fewest_spatial_dims=1)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: expected one of {RECOMPUTE}, got {recompute!r}")
     if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)):
@@ -165,7 +167,8 @@ def check_block_arguments(
     for i, layer in enumerate(layers):
         if not hasattr(layer, "conv2"):
             raise TypeError(f"layers[{i}]: expected a DenseLayer, got {_type(layer)}")
-    dtype = _block_dtype(x)
+    _check_dtype("x", x)
+    dtype = computed_dtype(x)
     channels, first = x.size(1), layers[0].conv2
     reads = getattr(layers[0].conv1, "shape", (0, channels))[1]
     if reads != channels:
@@ -183,9 +186,8 @@ def check_block_arguments(
     return dtype
 
 
-def _block_dtype(x: Tensor) -> torch.dtype:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x: expected float64, float32, float16 or bfloat16, got {x.dtype}")
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """What x is computed in."""
     return _autocast_dtype(x) or x.dtype
 
 
@@ -214,8 +216,7 @@ def _check_convolutions(
 def _check_weight(
     name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
 ) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_type(weight)}")
+    _check_tensor(name, weight)
     if weight.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got shape {list(weight.shape)}")
     # Autocast casts weights as well.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ._arguments import RECOMPUTE
+from ._arguments import RECOMPUTE, computed_dtype
 from .batch_norm import BatchNorm
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .dense_block import DenseLayer, Plan
@@ -233,22 +233,22 @@ class _State:
 
 
 class _Plans:
-    """The last plan of a block, with what it depends on. Copies and pickles are empty."""
+    """The last plan of a block alone and with a reader, each with what it depends on.
+
+    Copies and pickles are empty.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[_State, Plan | None] | None = None
+        self._last: dict[bool, tuple[_State, Plan | None]] = {}
 
-    def get(self, state: _State, make: Callable[[], Plan | None]) -> Plan | None:
-        last = self._last
+    def get(self, alone: bool, state: _State, make: Callable[[], Plan | None]) -> Plan | None:
+        last = self._last.get(alone)
         if last is None or not state.is_as(last[0]):
-            self._last = last = state, make()
+            self._last[alone] = last = state, make()
         return last[1]
 
     def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
         return _Plans, ()
-
-    def __deepcopy__(self, memo: dict) -> _Plans:
-        return _Plans()
 
 
 class DenseBlock(nn.Module):
@@ -319,7 +319,8 @@ class DenseBlock(nn.Module):
         Looking at every module of a block costs as much as running it, so plans are kept for as
         long as nothing has changed.
         """
-        return self._plans.get(_State(x, self, reader), lambda: self._new_plan(x, reader))
+        state = _State(x, self, reader)
+        return self._plans.get(reader is None, state, lambda: self._new_plan(x, reader))
 
     def _new_plan(self, x: Tensor, reader: nn.Module | None) -> Plan | None:
         if self.why_not_fused(x) is not None:
@@ -340,7 +341,7 @@ class DenseBlock(nn.Module):
     def is_plainly_channels_last(self, x: Tensor) -> bool:
         """Whether the output would be channels-last with ``efficient=False``."""
         weights = [(layer.conv1.weight, layer.conv2.weight) for layer in self.children()]
-        return is_channels_last(x) and all(plain_formats(x, weights, _dtype(x)))
+        return is_channels_last(x) and all(plain_formats(x, weights, computed_dtype(x)))
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the block would run layer by layer on this input; None where it would not."""
@@ -500,7 +501,7 @@ class DenseNet(nn.Module):
                         return plan.run(x)
                     y = reader.conv(plan.run(x))
                     channels_last = restores and convolution_is_channels_last(
-                        x, channels_last, reader.conv.weight, _dtype(x)
+                        x, channels_last, reader.conv.weight, computed_dtype(x)
                     )
                 x = _in_format(y, channels_last) if restores else y
             elif len(modules) > 1 and _why_not_norm_relu(module, modules[0]) is None:  # the stem
@@ -509,13 +510,6 @@ class DenseNet(nn.Module):
             else:
                 x = module(x)
         return F.relu(x)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of x is computed in."""
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def _in_format(x: Tensor, channels_last: bool) -> Tensor:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efficient_densenet import BatchNorm, DenseLayer, dense_block
-from reference import assert_error_rule, in_format, relative_error
+from reference import assert_error_rule, compare, in_format
 
 Context = Callable[[], AbstractContextManager]
 RECOMPUTE = ["bottleneck", "features"]
@@ -341,14 +341,7 @@ def block_errors(
     torchs = run(plain_dense_block, problem, **contexts, dropout=recording(masks))
     exact = run(plain_dense_block, problem.to(torch.float64), dropout=replaying(masks))
     ours = run(operator, problem, **contexts, **kwargs)
-    assert ours.keys() == exact.keys()
-    for name, value in ours.items():
-        assert value.shape == exact[name].shape, name
-        assert value.dtype == torchs[name].dtype, name
-    return {
-        name: (relative_error(ours[name], exact[name]), relative_error(torchs[name], exact[name]))
-        for name in exact
-    }
+    return compare(ours, torchs, exact)
 
 
 def assert_block_matches(problem: BlockProblem, operator=dense_block, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -165,7 +165,14 @@ def errors(operator, problem: Problem, **kwargs) -> dict[str, tuple[float, float
     problem = without_kinks(problem)
     exact = run(plain_concat_bn_relu, problem.to(torch.float64))
     torchs = run(plain_concat_bn_relu, problem)
-    ours = run(operator, problem, **kwargs)
+    return compare(run(operator, problem, **kwargs), torchs, exact)
+
+
+def compare(
+    ours: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[str, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Per tensor, our error and plain torch's; shapes and dtypes have to be right."""
+    assert ours.keys() == exact.keys()
     for name, value in ours.items():
         assert value.shape == exact[name].shape, name
         assert value.dtype == torchs[name].dtype, name
@@ -173,6 +180,23 @@ def errors(operator, problem: Problem, **kwargs) -> dict[str, tuple[float, float
         name: (relative_error(ours[name], exact[name]), relative_error(torchs[name], exact[name]))
         for name in exact
     }
+
+
+def kept_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
+    """Unique bytes that autograd keeps, as memory tools see them, without those of `own`."""
+    excepted = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept = {}
+
+    def pack(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in excepted:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(kept.values())
 
 
 def assert_error_rule(found: dict[str, tuple[float, float]], dtype: torch.dtype) -> None:

@@ -35,6 +35,7 @@ from reference import (
     FORMATS,
     assert_error_ratio,
     assert_error_rule,
+    kept_bytes,
     relative_error,
     requires_cuda,
 )
@@ -540,22 +541,10 @@ def test_save_on_cpu(device, recompute):
     assert_same(ours, expected, bits=False)
 
 
-def kept_bytes(problem, block, **kwargs):
-    """Unique bytes that autograd keeps, as memory tools see them, without layers' tensors."""
-    p = problem.fresh()
-    own, kept = set(), {}
-    map_tensors(p.layers, lambda name, t: own.add(t.untyped_storage().data_ptr()))
-
-    def pack(t):
-        memory = t.untyped_storage()
-        if memory.data_ptr() not in own:
-            kept[memory.data_ptr()] = memory.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = block(p.x, p.layers, p.drop_rate, **kwargs)
-    del y
-    return sum(kept.values())
+def kept_by(block, problem, **kwargs):
+    p, own = problem.fresh(), []
+    map_tensors(p.layers, lambda name, t: own.append(t))
+    return kept_bytes(lambda: block(p.x, p.layers, p.drop_rate, **kwargs), own)
 
 
 @BOTH
@@ -574,15 +563,15 @@ def test_memory_is_linear_in_depth(device, dtype, drop_rate, memory_format, reco
         few = 16 * (total + 16 * num_layers)
         few += sum(t.numel() * max(t.itemsize, 4) for t in problem.inputs().values())
         few -= problem.x.numel() * max(dtype.itemsize, 4)
-        kept.append(kept_bytes(problem, dense_block, recompute=recompute))
+        kept.append(kept_by(dense_block, problem, recompute=recompute))
         assert rows * per_row <= kept[-1] <= rows * 1.03 * (per_row + masks) + few
-    assert kept_bytes(problem, plain_dense_block) > 4 * kept[2]
+    assert kept_by(plain_dense_block, problem) > 4 * kept[2]
 
 
 @BOTH
 def test_nothing_is_kept_without_gradients(device, recompute):
     problem = make_block_problem(device=device, frozen=lambda name: True)
-    assert kept_bytes(problem, dense_block, recompute=recompute) == 0
+    assert kept_by(dense_block, problem, recompute=recompute) == 0
 
 
 # Settings of the user

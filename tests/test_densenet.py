@@ -16,7 +16,7 @@ from torch import nn
 
 from efficient_densenet import DenseBlock, DenseNet, SharedStorage
 from efficient_densenet import densenet as densenet_module
-from reference import relative_error, requires_cuda
+from reference import kept_bytes, relative_error, requires_cuda
 
 SMALL = dict(growth_rate=4, block_config=(3, 2, 2), num_init_features=8, num_classes=5)
 
@@ -209,30 +209,13 @@ def test_autocast(device, dtype):
         assert efficient_error <= 2 * plain_error + 4 * torch.finfo(dtype).eps
 
 
-def kept_bytes(model, x):
-    """Unique bytes that autograd keeps, as memory tools see them, without the parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in parameters:
-            kept[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(x)
-    del output
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("recompute, kept_channels", [("bottleneck", 4 + 16), ("features", 4)])
 def test_memory_is_linear_in_depth(device, recompute, kept_channels):
     x = images(device, torch.float32, n=8)
 
     def kept(layers, **settings):
         model = DenseNet(growth_rate=4, block_config=(layers,), **settings).to(device)
-        return kept_bytes(model, x)
+        return kept_bytes(lambda: model(x), model.parameters())
 
     efficient = [kept(n, efficient=True, recompute=recompute) for n in (8, 16, 24)]
     plain = [kept(n) for n in (8, 16, 24)]
@@ -391,6 +374,20 @@ def test_changes_between_steps(device, variant):
     for model in (plain, efficient):
         VARIANTS[variant](model)
     assert_same_training(plain, efficient, steps=2, device=device)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_plans_are_made_once(device, hooked, monkeypatch):
+    """Also where a hook on a reader makes the block run alone."""
+    _, efficient = pair(device)
+    if hooked:
+        efficient.features.transition1.register_forward_hook(lambda module, x, y: None)
+    made = []
+    new_plan = DenseBlock._new_plan
+    monkeypatch.setattr(DenseBlock, "_new_plan", lambda *args: made.append(args) or new_plan(*args))
+    for _ in range(3):
+        step(efficient, images(device))
+    assert len(made) == 3 + hooked
 
 
 def test_other_weights_dtypes_and_formats_between_steps(device):
