@@ -1,8 +1,8 @@
 // What a build without CUDA answers to CUDA tensors.
 #ifndef EFFICIENT_DENSENET_CUDA
 
+#include "bn_relu_conv1x1.h"
 #include "checks.h"
-#include "dense_block.h"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -32,6 +32,22 @@ void dense_block_pool(const Problem&, const BatchNorm&, const Pooling&, const Vi
   fail_without_cuda();
 }
 void update_running_statistics(const std::vector<RunningStatistics>&, int64_t, void*) {
+  fail_without_cuda();
+}
+std::string why_no_tensor_cores(int) { return "this build is CPU only"; }
+int64_t packed_conv1x1_bytes(Element, WeightLayout, int64_t, int64_t) { fail_without_cuda(); }
+void pack_conv1x1(Element, WeightLayout, const Conv1x1Weights&, void*, void*) {
+  fail_without_cuda();
+}
+void bn_relu_conv1x1(const Problem&, const BatchNorm&, const void*, int64_t, const View&,
+                     const Statistics*) {
+  fail_without_cuda();
+}
+void bn_relu_conv1x1_grad_input(const Problem&, const BatchNorm&, const void*, int64_t,
+                                const Reader&) {
+  fail_without_cuda();
+}
+void bn_relu_conv1x1_grad_weight(const Problem&, const BatchNorm&, int64_t, const View&, float*) {
   fail_without_cuda();
 }
 

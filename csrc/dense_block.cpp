@@ -22,6 +22,7 @@
 #include <cmath>
 
 #include "aten.h"
+#include "bn_relu_conv1x1.h"
 #include "tensors.h"
 
 namespace efficient_densenet {
@@ -31,6 +32,9 @@ using Sizes = std::vector<int64_t>;
 
 // The normalised rows of so many bytes are multiplied while they are still in the cache.
 constexpr int64_t kChunkBytesCuda = 32 << 20, kChunkBytesCpu = 1 << 20;
+
+// How the 1x1 convolutions run; numbered as in dense_block.py.
+enum class Conv1x1 : int64_t { kConvolution, kProduct, kTensorCores };
 
 // What forward and backward of a block are called with alike.
 struct Arguments {
@@ -46,7 +50,7 @@ struct Arguments {
   std::vector<double> eps;             // of each norm
   std::optional<Tensor> dropout_mask;  // [L, N, *spatial, k], bool
   double dropout_scale;
-  bool use_mm;   // the 1x1 convolutions as matrix products, else as convolutions
+  Conv1x1 conv1x1;
   bool pooling;  // the last reader averages windows of pixels
 };
 
@@ -103,13 +107,17 @@ class Block {
   Tensor images(const Matrix& matrix, int64_t channels) const;
   Matrix matrix_of(const Tensor& images) const;
   Tensor conv1(const Tensor& packed, int64_t layer) const;
+  bool on_tensor_cores() const { return arguments_.conv1x1 == Conv1x1::kTensorCores; }
+  void check_tensor_cores() const;
+  void pack_conv1(WeightLayout layout);
+  const void* packed_conv1(WeightLayout layout, int64_t layer) const;
   Tensor conv2(int64_t layer) const;
   Tensor dropout_mask(int64_t layer) const;
 
   void take_statistics(const Matrix& x, int64_t channels, double* mean, double* var,
                        const View* copy);
   void normalise(const Norm& norm, const Matrix& x, int64_t rows, const Matrix& y);
-  void bottleneck(int64_t layer, const Matrix& z);
+  void bottleneck(int64_t layer, const Matrix& z, const Statistics* moments);
   void forward_layer(int64_t layer);
   Pooling pooling() const;
   void check_dense(const Tensor& tensor, int64_t elements, ScalarType dtype,
@@ -117,7 +125,7 @@ class Block {
   void check_reader(const Tensor& y, const char* what) const;
 
   void read(Backward& state, const Norm& norm, const Chunk& chunk, const View& grad_y,
-            const Pooling* pooling);
+            const Pooling* pooling, const void* packed_conv1 = nullptr);
   Matrix finalise(Backward& state, int64_t begin, int64_t channels, const Matrix& to);
   void backward_norm2(Backward& state, const Norm& norm, const Matrix& z, const Matrix& grad);
   Tensor multiply_back(const Matrix& grad_z, const Matrix& a1, int64_t rows, const Tensor& weight,
@@ -140,6 +148,7 @@ class Block {
   std::vector<Norm> norms_;
   int64_t affine_count_ = 0, frozen_count_ = 0;
   std::optional<Tensor> a1_, a2_, z_, added_;  // scratch
+  std::optional<Tensor> packed_[2];            // conv1, by WeightLayout
 };
 
 void check(bool condition, const Arguments& arguments, const char* what) {
@@ -215,6 +224,7 @@ Block::Block(const Arguments& arguments)
                                     arguments.dropout_mask->is_contiguous() &&
                                     arguments.dropout_mask->numel() == layers_ * rows_ * growth_),
         arguments, "dropout_mask: expected contiguous bool [L, N, *spatial, k]");
+  if (on_tensor_cores()) check_tensor_cores();
   // The arrays' second rows begin where the counts are known only now.
   int64_t frozen_begin = 0;
   for (size_t n = 0; n < norms_.size(); ++n) {
@@ -227,6 +237,15 @@ Block::Block(const Arguments& arguments)
     norm.bn.var = norm.bn.mean + frozen_count_;
     frozen_begin += norm.channels;
   }
+}
+
+void Block::check_tensor_cores() const {
+  check(!launch_.is_cpu() && !is_double(element_), arguments_,
+        "conv1x1: tensor cores need CUDA and float32, float16 or bfloat16");
+  check(bottleneck_ <= kMaxConv1x1Outputs && channels_ <= kMaxConv1x1Channels, arguments_,
+        "conv1x1: too many channels for the tensor-core kernels");
+  const std::string why = cuda::why_no_tensor_cores(device_.index());
+  EFFICIENT_DENSENET_CHECK(why.empty(), arguments_.op, "conv1x1: ", why);
 }
 
 void Block::add_norm(int64_t channels, double* mean, double* var) {
@@ -396,16 +415,42 @@ void Block::normalise(const Norm& norm, const Matrix& x, int64_t rows, const Mat
   launch_(cpu::concat_bn_relu, cuda::concat_bn_relu, p, norm.bn, view(y));
 }
 
-// z = relu(norm1(x)) conv1
-void Block::bottleneck(int64_t layer, const Matrix& z) {
+// All layers' conv1 as the tensor-core kernels read them.
+void Block::pack_conv1(WeightLayout layout) {
+  int64_t bytes = 0;
+  for (int64_t l = 0; l < layers_; ++l) {
+    bytes += cuda::packed_conv1x1_bytes(element_, layout, bottleneck_, channels_before(l));
+  }
+  Tensor& packed =
+      packed_[static_cast<int>(layout)].emplace(empty({bytes}, ScalarType::Byte, device_));
+  cuda::pack_conv1x1(element_, layout,
+                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_},
+                     packed.data_ptr(), launch_.stream());
+}
+
+const void* Block::packed_conv1(WeightLayout layout, int64_t layer) const {
+  int64_t begin = 0;
+  for (int64_t l = 0; l < layer; ++l) {
+    begin += cuda::packed_conv1x1_bytes(element_, layout, bottleneck_, channels_before(l));
+  }
+  return static_cast<const char*>(packed_[static_cast<int>(layout)]->data_ptr()) + begin;
+}
+
+// z = relu(norm1(x)) conv1, and its moments where they are wanted.
+void Block::bottleneck(int64_t layer, const Matrix& z, const Statistics* moments) {
   const int64_t channels = channels_before(layer);
+  if (on_tensor_cores()) {
+    Problem p = problem(features_, rows_, channels);
+    return launch_(cuda::bn_relu_conv1x1, p, norms_[layer].bn,
+                   packed_conv1(WeightLayout::kForward, layer), bottleneck_, view(z), moments);
+  }
   const Tensor weight = conv1(arguments_.conv1, layer);
   const Tensor transposed = transpose(weight);
   for (const Chunk& chunk : chunks(channels)) {
     const Matrix a1 = scratch(&a1_, chunk_elements(), channels);
     const Matrix z_rows = at(z, chunk.begin, 0);
     normalise(norms_[layer], at(features_, chunk.begin, 0), chunk.count, a1);
-    if (arguments_.use_mm) {
+    if (arguments_.conv1x1 == Conv1x1::kProduct) {
       aten::mm_out(matrix_tensor(a1, chunk.count, channels), transposed,
                    matrix_tensor(z_rows, chunk.count, bottleneck_));
     } else {
@@ -413,16 +458,15 @@ void Block::bottleneck(int64_t layer, const Matrix& z) {
                  row_image(z_rows, chunk.count, bottleneck_));
     }
   }
+  if (moments != nullptr) take_statistics(z, bottleneck_, moments->mean, moments->var, nullptr);
 }
 
 void Block::forward_layer(int64_t layer) {
   const Norm& norm2 = norms_[layers_ + layer];
   const Matrix z = this->z(layer);
-  bottleneck(layer, z);
-  if (norm2.batch_statistics) {
-    const int64_t begin = channels_ + layer * bottleneck_;
-    take_statistics(z, bottleneck_, mean_ + begin, var_ + begin, nullptr);
-  }
+  const int64_t z_begin = channels_ + layer * bottleneck_;
+  const Statistics moments{mean_ + z_begin, var_ + z_begin, nullptr};
+  bottleneck(layer, z, norm2.batch_statistics ? &moments : nullptr);
   const Matrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
   normalise(norm2, z, rows_, a2);
   Tensor added = aten::convolution(images(a2, bottleneck_), conv2(layer));
@@ -461,6 +505,7 @@ Pooling Block::pooling() const {
 }
 
 void Block::forward(const std::optional<Tensor>& y) {
+  if (on_tensor_cores()) pack_conv1(WeightLayout::kForward);
   take_statistics(features_, channels_in_, mean_, var_, nullptr);
   for (int64_t l = 0; l < layers_; ++l) forward_layer(l);
   if (!y) return;
@@ -475,9 +520,10 @@ void Block::forward(const std::optional<Tensor>& y) {
 // ---------------------------------------------------------------------------------------------
 // Backward
 
-// One norm's share of G, S1 and S2, and the gradients of its weight and bias.
+// One norm's share of G, S1 and S2, and the gradients of its weight and bias. With packed_conv1,
+// grad_y is the gradient of what that makes of the normalised rows.
 void Block::read(Backward& state, const Norm& norm, const Chunk& chunk, const View& grad_y,
-                 const Pooling* pooling) {
+                 const Pooling* pooling, const void* packed_conv1) {
   Problem p = problem(at(features_, chunk.begin, 0), chunk.count, norm.channels);
   const Reader reader{grad_y,
                       pooling,
@@ -490,6 +536,9 @@ void Block::read(Backward& state, const Norm& norm, const Chunk& chunk, const Vi
                       chunk.last,
                       state.first_reader,
                       norm.batch_statistics};
+  if (packed_conv1 != nullptr) {
+    return launch_(cuda::bn_relu_conv1x1_grad_input, p, norm.bn, packed_conv1, bottleneck_, reader);
+  }
   launch_(cpu::dense_block_accumulate, cuda::dense_block_accumulate, p, norm.bn, reader);
 }
 
@@ -518,6 +567,15 @@ void Block::backward_conv1(Backward& state, int64_t layer, const Matrix& grad_z,
                            const std::optional<Tensor>& grad_weight) {
   const Norm& norm = norms_[layer];
   const int64_t channels = norm.channels;
+  if (on_tensor_cores()) {
+    if (grad_weight) {
+      Problem p = problem(features_, rows_, channels);
+      launch_(cuda::bn_relu_conv1x1_grad_weight, p, norm.bn, bottleneck_, view(grad_z),
+              static_cast<float*>(grad_weight->data_ptr()));
+    }
+    return read(state, norm, {0, rows_, true, true}, view(grad_z), nullptr,
+                packed_conv1(WeightLayout::kGradInput, layer));
+  }
   const Tensor weight = conv1(arguments_.conv1, layer);
   const std::vector<Chunk> all = chunks(channels);
   std::optional<Tensor> partial;  // the weight's gradient, one sum per chunk
@@ -543,7 +601,7 @@ void Block::backward_conv1(Backward& state, int64_t layer, const Matrix& grad_z,
 Tensor Block::multiply_back(const Matrix& grad_z, const Matrix& a1, int64_t rows,
                             const Tensor& weight, const std::optional<Tensor>& grad_weight) {
   const int64_t channels = weight.size(1);
-  if (arguments_.use_mm) {
+  if (arguments_.conv1x1 == Conv1x1::kProduct) {
     const Tensor dz = matrix_tensor(grad_z, rows, bottleneck_);
     const Tensor a1_rows = matrix_tensor(a1, rows, channels);
     if (grad_weight) aten::wide_mm_out(transpose(dz), a1_rows, *grad_weight);
@@ -571,7 +629,7 @@ void Block::backward_layer(Backward& state, int64_t layer, const std::optional<T
     grad_added = aten::apply_dropout(grad_added, dropout_mask(layer), arguments_.dropout_scale);
   }
   const Matrix z = this->z(layer);
-  if (!arguments_.z) bottleneck(layer, z);
+  if (!arguments_.z) bottleneck(layer, z, nullptr);
   const bool a1_is_ready = !arguments_.z && chunks(channels_before(layer)).size() == 1;
   const Matrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
   if (wants_conv2) normalise(norm2, z, rows_, a2);
@@ -613,6 +671,12 @@ void Block::backward(const Tensor& grad_features, const std::optional<Tensor>& g
       wanted == 0 || (grad_conv2 && grad_conv2->size(0) == wanted && grad_conv2->is_contiguous() &&
                       grad_conv2->numel() == wanted * (arguments_.conv2.numel() / layers_)),
       arguments_, "grad_conv2: expected contiguous [layers that want it, k, *kernel, B]");
+  if (on_tensor_cores()) {
+    if (!arguments_.z) pack_conv1(WeightLayout::kForward);
+    pack_conv1(WeightLayout::kGradInput);
+    check(!grad_conv1 || grad_conv1->scalar_type() == ScalarType::Float, arguments_,
+          "grad_conv1: expected float32");
+  }
   Tensor numbers = empty({4 * channels_}, ScalarType::Double, device_);
   torch::stable::zero_(numbers);
   double* const sums = static_cast<double*>(numbers.data_ptr());
@@ -644,11 +708,17 @@ void Block::backward(const Tensor& grad_features, const std::optional<Tensor>& g
   finalise(state, 0, channels_in_, {&*grad_x, 0, channels_in_});
 }
 
+Conv1x1 conv1x1_of(int64_t number) {
+  EFFICIENT_DENSENET_CHECK(number >= 0 && number <= static_cast<int64_t>(Conv1x1::kTensorCores),
+                           "efficient_densenet", "conv1x1: expected 0, 1 or 2, got ", number);
+  return static_cast<Conv1x1>(number);
+}
+
 void dense_block(const Tensor& features, const std::optional<Tensor>& bottlenecks,
                  const Tensor& statistics, const Tensor& conv1, const Tensor& conv2,
                  const Tensor& affine, const std::optional<Tensor>& frozen,
                  const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
-                 const std::optional<Tensor>& dropout_mask, double dropout_scale, bool use_mm,
+                 const std::optional<Tensor>& dropout_mask, double dropout_scale, int64_t conv1x1,
                  const std::optional<Tensor>& y, bool pooling) {
   const Arguments arguments{"efficient_densenet::dense_block",
                             features,
@@ -662,7 +732,7 @@ void dense_block(const Tensor& features, const std::optional<Tensor>& bottleneck
                             eps,
                             dropout_mask,
                             dropout_scale,
-                            use_mm,
+                            conv1x1_of(conv1x1),
                             pooling};
   Block(arguments).forward(y);
 }
@@ -674,7 +744,7 @@ void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& gra
                           const std::optional<Tensor>& frozen,
                           const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                           const std::optional<Tensor>& dropout_mask, double dropout_scale,
-                          bool use_mm, bool pooling, const Tensor& grad_affine,
+                          int64_t conv1x1, bool pooling, const Tensor& grad_affine,
                           const std::optional<Tensor>& grad_conv1,
                           const std::vector<int64_t>& wants_conv1,
                           const std::optional<Tensor>& grad_conv2,
@@ -691,7 +761,7 @@ void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& gra
                             eps,
                             dropout_mask,
                             dropout_scale,
-                            use_mm,
+                            conv1x1_of(conv1x1),
                             pooling};
   Block(arguments).backward(grad_features, grad_y, grad_x, grad_affine, grad_conv1, wants_conv1,
                             grad_conv2, wants_conv2);
@@ -743,13 +813,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
   m.def(
       "dense_block(Tensor(a!) features, Tensor(b!)? bottlenecks, Tensor(c!) statistics, "
       "Tensor conv1, Tensor conv2, Tensor affine, Tensor? frozen, int[] frozen_norms, "
-      "float[] eps, Tensor? dropout_mask, float dropout_scale, bool use_mm, Tensor(d!)? y, "
+      "float[] eps, Tensor? dropout_mask, float dropout_scale, int conv1x1, Tensor(d!)? y, "
       "bool pooling) -> ()");
   m.def(
       "dense_block_backward(Tensor? grad_y, Tensor(a!) grad_features, Tensor(b!)? grad_x, "
       "Tensor features, Tensor? bottlenecks, Tensor statistics, Tensor conv1, Tensor conv2, "
       "Tensor affine, Tensor? frozen, int[] frozen_norms, float[] eps, Tensor? dropout_mask, "
-      "float dropout_scale, bool use_mm, bool pooling, Tensor(c!) grad_affine, "
+      "float dropout_scale, int conv1x1, bool pooling, Tensor(c!) grad_affine, "
       "Tensor(d!)? grad_conv1, int[] wants_conv1, Tensor(e!)? grad_conv2, int[] wants_conv2) "
       "-> ()");
   m.def(

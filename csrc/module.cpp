@@ -1,5 +1,5 @@
 // The Python module `efficient_densenet._C`. Importing it registers the operators (the library
-// initialisers of the other files run); its only function says how it was built.
+// initialisers of the other files run); its functions say how it was built and what it can run.
 
 #include <pybind11/pybind11.h>
 
@@ -8,6 +8,8 @@
 #endif
 
 #include <string>
+
+#include "bn_relu_conv1x1.h"
 
 namespace py = pybind11;
 
@@ -30,4 +32,10 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) { module.def("build_info", &build_info, "How this module was built."); }
+PYBIND11_MODULE(_C, module) {
+  module.def("build_info", &build_info, "How this module was built.");
+  module.def("why_no_tensor_cores", &efficient_densenet::cuda::why_no_tensor_cores,
+             "Empty, or why the tensor-core kernels cannot run on a CUDA device.");
+  module.attr("MAX_CONV1X1_OUTPUTS") = efficient_densenet::kMaxConv1x1Outputs;
+  module.attr("MAX_CONV1X1_CHANNELS") = efficient_densenet::kMaxConv1x1Channels;
+}

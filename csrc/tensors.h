@@ -130,6 +130,13 @@ class Launcher {
                   void (*cuda_kernel)(const Problem&, Parameters...), Problem& problem,
                   const Args&... args) {
     if (is_cpu()) return cpu_kernel(problem, args...);
+    (*this)(cuda_kernel, problem, args...);
+  }
+
+  // Of a kernel that there is for CUDA only.
+  template <typename... Parameters, typename... Args>
+  void operator()(void (*cuda_kernel)(const Problem&, Parameters...), Problem& problem,
+                  const Args&... args) {
     problem.stream = stream_;
     problem.workspace = [this](int64_t doubles) {
       if (!workspace_ || workspace_->numel() < doubles) {

@@ -24,6 +24,7 @@ from . import _extension  # noqa: F401  registers the operators
 from ._arguments import check_block_arguments, check_more_than_one_value
 from ._out_of_memory import out_of_memory_as_torch_raises_it
 from .batch_norm import BatchNorm, RunningStatistics
+from .bn_relu_conv1x1 import Conv1x1, choose_conv1x1, why_not_tensor_cores
 from .layout import dense_strides, is_channels_last, plain_formats
 
 _ops = torch.ops.efficient_densenet
@@ -154,6 +155,12 @@ class Plan:
         # As torch.cat of a float32 input and 16-bit features under autocast.
         return result.to(torch.promote_types(x.dtype, self.dtype))
 
+    def conv1x1(self, device: torch.device) -> Conv1x1:
+        return choose_conv1x1(device, self.dtype, self.channels, self.bottleneck)
+
+    def why_not_tensor_cores(self, device: torch.device) -> str | None:
+        return why_not_tensor_cores(device, self.dtype, self.channels, self.bottleneck)
+
     def count_batch(self) -> None:
         """What an empty batch changes."""
         for norm in self.norms:
@@ -209,9 +216,9 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
 
 def _settings(plan: Plan, kept: _Kept) -> tuple:
     """What both operators take alike, in their order."""
-    scale, use_mm = 1 / (1 - plan.drop_rate), _convolutions_as_products(kept.features)
+    scale, conv1x1 = 1 / (1 - plan.drop_rate), plan.conv1x1(kept.features.device)
     return (
-        kept.affine, kept.frozen, plan.frozen_norms, plan.eps, kept.dropout_mask, scale, use_mm,
+        kept.affine, kept.frozen, plan.frozen_norms, plan.eps, kept.dropout_mask, scale, conv1x1,
     )  # fmt: skip
 
 
@@ -369,26 +376,6 @@ def _new_features(plan: Plan, sizes: Sequence[int], x: Tensor) -> Tensor:
         padded[1] = -(-plan.channels // 8) * 8
     strides = dense_strides(padded, channels_last=True)
     return x.new_empty_strided(tuple(sizes), strides, dtype=plan.dtype)
-
-
-# ------------------------------------------------------------------------------------------------
-# Settings of torch
-
-
-def _convolutions_as_products(features: Tensor) -> bool:
-    """Whether 1x1 convolutions may run as matrix products, which have TF32 settings of their own.
-
-    Both of torch's ways to set TF32 end in what is asked here; the older attributes raise once
-    the newer were used.
-    """
-    if features.dtype != torch.float32:
-        return True
-    backend = "cuda" if features.is_cuda else "mkldnn"
-    convolution, product = (
-        torch._C._get_fp32_precision_getter(backend, operator) for operator in ("conv", "matmul")
-    )
-    exact = ("none", "ieee")
-    return convolution == product or (convolution in exact and product in exact)
 
 
 def _dropout_mask(plan: Plan, x: Tensor) -> Tensor:

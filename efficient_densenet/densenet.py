@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ._arguments import RECOMPUTE, computed_dtype
 from .batch_norm import BatchNorm
+from .bn_relu_conv1x1 import Conv1x1
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .dense_block import DenseLayer, Plan
 from .layout import convolution_is_channels_last, is_channels_last, plain_formats
@@ -342,6 +343,23 @@ class DenseBlock(nn.Module):
         """Whether the output would be channels-last with ``efficient=False``."""
         weights = [(layer.conv1.weight, layer.conv2.weight) for layer in self.children()]
         return is_channels_last(x) and all(plain_formats(x, weights, computed_dtype(x)))
+
+    def kernel_path(self, x: Tensor) -> str:
+        """What the block's 1x1 convolutions would run on for this input, with torch's settings.
+
+        ``"tensor cores"``: batch norm, ReLU and the convolution are one kernel. ``"matrix products:
+        why"`` and ``"convolutions: why"``: operators of torch, on normalised features in scratch
+        memory. ``"layer by layer: why"``: the block is not one operator, see :meth:`why_not_fused`.
+        """
+        why = self.why_not_fused(x)
+        if why is not None:
+            return f"layer by layer: {why}"
+        plan = self.plan(x)
+        path = plan.conv1x1(x.device)
+        if path == Conv1x1.TENSOR_CORES:
+            return "tensor cores"
+        name = "matrix products" if path == Conv1x1.PRODUCT else "convolutions"
+        return f"{name}: {plan.why_not_tensor_cores(x.device)}"
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the block would run layer by layer on this input; None where it would not."""

@@ -159,7 +159,7 @@ void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
               partial_dz_centred);
       check(cudaGetLastError(), "backward_sums_kernel");
     });
-    merge_sums_kernel<acc_t<T>><<<merge_grid(problem), merge_block(), 0, stream>>>(
+    merge_sums_kernel<acc_t<T>><<<merge_grid(problem.channels), merge_block(), 0, stream>>>(
         problem.channels, sums_plan.chunking, partial_dz, partial_dz_centred, bn, gradients);
     check(cudaGetLastError(), "merge_sums_kernel");
     for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {

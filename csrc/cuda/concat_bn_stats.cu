@@ -10,32 +10,10 @@
 // Bytes: each element is read once (and written once where it is copied), sizeof(T) per element; 16
 // bytes per channel and chunk besides.
 // Limit: memory bandwidth. Shared memory: 20 KB at V = 8.
-#include "tile.cuh"
+#include "moments.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
-
-// Moments of k channels over the same number of values.
-template <typename Real, int k>
-struct Moments {
-  Real count = 0, mean[k] = {}, m2[k] = {};  // m2: sum of squares about the mean
-
-  // Takes in other_count values with these moments; mean and m2 are functions of the channel.
-  template <typename Mean, typename M2>
-  __device__ void merge(Real other_count, const Mean& other_mean, const M2& other_m2) {
-    if (other_count == Real(0)) return;
-    const Real total = count + other_count;
-    const Real fraction = other_count / total;
-    const Real weight = count * fraction;
-#pragma unroll
-    for (int c = 0; c < k; ++c) {
-      const Real delta = other_mean(c) - mean[c];
-      mean[c] = fma(delta, fraction, mean[c]);
-      m2[c] = fma(delta * delta, weight, m2[c] + other_m2(c));
-    }
-    count = total;
-  }
-};
 
 // The moments of all values in the registers of one group of accesses, relative to shift.
 template <typename T, int V, bool kChannelsInner, int kSteps, int kChannels>
@@ -161,6 +139,15 @@ __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunki
 
 }  // namespace
 
+void merge_moments(int64_t channels, int64_t row_count, const Chunking& chunking,
+                   const double* partial_mean, const double* partial_m2,
+                   const Statistics& statistics, void* stream) {
+  merge_moments_kernel<<<merge_grid(channels), merge_block(), 0,
+                         static_cast<cudaStream_t>(stream)>>>(channels, row_count, chunking,
+                                                              partial_mean, partial_m2, statistics);
+  check(cudaGetLastError(), "merge_moments_kernel");
+}
+
 void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
   const Plan plan(problem, statistics.copy, Plan::kReductionBlocks);
   const View copy = statistics.copy == nullptr ? View{} : *statistics.copy;
@@ -178,9 +165,8 @@ void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
       check(cudaGetLastError(), "concat_bn_stats_kernel");
     });
   });
-  merge_moments_kernel<<<merge_grid(problem), merge_block(), 0, stream>>>(
-      problem.channels, problem.rows.count, plan.chunking, partial_mean, partial_m2, statistics);
-  check(cudaGetLastError(), "merge_moments_kernel");
+  merge_moments(problem.channels, problem.rows.count, plan.chunking, partial_mean, partial_m2,
+                statistics, problem.stream);
 }
 
 }  // namespace efficient_densenet::cuda

@@ -296,6 +296,17 @@ RowSpace pooled_rows(const Pooling& pooling) {
 
 }  // namespace
 
+void merge_reader(const Problem& problem, const BatchNorm& bn, const Reader& reader,
+                  const Chunking& chunking, const double* partial_dz,
+                  const double* partial_dz_centred) {
+  const auto kernel =
+      is_double(problem.element) ? merge_reader_kernel<double> : merge_reader_kernel<float>;
+  kernel<<<merge_grid(problem.channels), merge_block(), 0,
+           static_cast<cudaStream_t>(problem.stream)>>>(problem.channels, chunking, partial_dz,
+                                                        partial_dz_centred, bn, reader);
+  check(cudaGetLastError(), "merge_reader_kernel");
+}
+
 void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const Reader& reader) {
   // For the choice of accesses, G is the gradient of x.
   Problem all = problem;
@@ -315,10 +326,8 @@ void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const R
         matrix, problem.rows, plan.chunking, bn, reader.grad_y, pooling, reader.grad_features,
         reader.first_reader, partial_dz, partial_dz_centred);
     check(cudaGetLastError(), "accumulate_kernel");
-    merge_reader_kernel<acc_t<T>><<<merge_grid(problem), merge_block(), 0, stream>>>(
-        problem.channels, plan.chunking, partial_dz, partial_dz_centred, bn, reader);
-    check(cudaGetLastError(), "merge_reader_kernel");
   });
+  merge_reader(problem, bn, reader, plan.chunking, partial_dz, partial_dz_centred);
 }
 
 void dense_block_finalise(const Problem& problem, const View& grad_features, const double* mean,

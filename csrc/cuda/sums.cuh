@@ -7,6 +7,7 @@
 // order that depends on the shape alone.
 #pragma once
 
+#include "../dense_block.h"
 #include "tile.cuh"
 
 namespace efficient_densenet::cuda {
@@ -91,5 +92,11 @@ struct ChannelGradients {
     static_cast<Acc*>(grad_weights)[c] = static_cast<Acc>(grad_weight);
   }
 };
+
+// What a reader's sums over all rows lead to, from the partial results [C, chunks] of a kernel that
+// has added to G: one warp per channel. In dense_block.cu.
+void merge_reader(const Problem& problem, const BatchNorm& bn, const Reader& reader,
+                  const Chunking& chunking, const double* partial_dz,
+                  const double* partial_dz_centred);
 
 }  // namespace efficient_densenet::cuda

@@ -429,9 +429,7 @@ struct Plan {
   }
 };
 
-inline dim3 merge_grid(const Problem& problem) {
-  return dim3(ceil_div(problem.channels, kMergeWarps));
-}
+inline dim3 merge_grid(int64_t channels) { return dim3(ceil_div(channels, kMergeWarps)); }
 
 inline dim3 merge_block() { return dim3(kWarp, kMergeWarps); }
 

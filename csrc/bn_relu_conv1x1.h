@@ -1,0 +1,55 @@
+// A 1x1 convolution of normalised features on tensor cores, forward and backward. The normalised
+// features and their gradient never reach memory:
+//
+//   z = a W^T,  a = relu(bn(x))           x [M, C], W [N, C], z [M, N]; moments of z on the way
+//   grad_a = grad_z W                     added, as in dense_block.h, to G and its sums
+//   grad_W = grad_z^T a
+//
+// For 16-bit elements and for float, whose products are TF32: `a`, W and grad_z are rounded to it.
+// Sums are float. `Problem` has one feature, x, a window of columns of a matrix.
+#pragma once
+
+#include <string>
+
+#include "dense_block.h"
+
+namespace efficient_densenet {
+
+constexpr int64_t kMaxConv1x1Outputs = 256;    // what a warp's registers hold of a row of z
+constexpr int64_t kMaxConv1x1Channels = 8192;  // what shared memory holds of batch norm's numbers
+
+// W as the kernels read it: cut into the pieces that the lanes of a warp hold, padded by zeros.
+enum class WeightLayout { kForward, kGradInput };
+
+// L weights one after the other, the l-th [N, C_0 + l k].
+struct Conv1x1Weights {
+  const void* data;
+  int64_t layers, outputs, channels_in, growth;
+};
+
+namespace cuda {
+
+// Empty, or why the kernels cannot run on a device.
+std::string why_no_tensor_cores(int device_index);
+
+// Bytes of one packed weight [outputs, channels].
+int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t outputs,
+                             int64_t channels);
+// All weights, packed one after the other.
+void pack_conv1x1(Element element, WeightLayout layout, const Conv1x1Weights& weights, void* packed,
+                  void* stream);
+
+// `weight` is packed, kForward. `moments` (without copy) may be null: they are of z as stored.
+void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* weight,
+                     int64_t outputs, const View& z, const Statistics* moments);
+
+// `weight` is packed, kGradInput. Of the reader, grad_y is grad_z, whose rows are all of M.
+void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, const void* weight,
+                                int64_t outputs, const Reader& reader);
+
+// grad_weight [N, C], contiguous.
+void bn_relu_conv1x1_grad_weight(const Problem& problem, const BatchNorm& bn, int64_t outputs,
+                                 const View& grad_z, float* grad_weight);
+
+}  // namespace cuda
+}  // namespace efficient_densenet

@@ -1,0 +1,295 @@
+// What a 1x1 convolution and the norm before it send back to the features, on tensor cores:
+//
+//   grad_a = grad_z W                            [M, N] times [N, C], in registers only
+//   dz = grad_a where the ReLU was open          recomputed from x
+//   G += scale dz;  sums over the rows of dz and of dz (x - rounded mean)
+//
+//                  | grad_z: 16 rows, all N |         C, 32 columns at a time ->
+//   warp 0            in registers, per tile       x, G | 32 | 32 | 32 | ...
+//   warp 1            of rows                         accumulators, mask, sums, G
+//   ...            W of the 32 columns: shared memory, one copy for all warps of the block
+//
+// A warp owns 16 rows, so grad_z, x and G are read once and G is written once. Blocks split the
+// rows and, where these are few, the columns. Weights come by asynchronous copies, kStages - 1
+// groups of columns ahead; x and G are loaded before the products that hide their latency.
+// Sums: two rows per lane, then over the lanes of a column, the warps (in order, one group of
+// columns later, when a barrier is due anyway) and the block's tiles of rows in float; one partial
+// result per channel and block, merged in double by a second kernel. No atomics.
+//
+// Bytes: x and grad_z once, G read and written (4 bytes each; the first reader only writes). W,
+// from the L2 cache, once per tile of rows. Operations: 2 M C N. Limit: memory. G alone is 8 bytes
+// per element of x.
+#include "../bn_relu_conv1x1.h"
+#include "mma.cuh"
+#include "sums.cuh"
+
+namespace efficient_densenet::cuda {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int64_t kBlocks = 528;  // at most, about
+constexpr int kColumns = 32;      // of a group
+constexpr int kGroupTiles = kColumns / kTileColumns, kPairs = kGroupTiles / 2;
+
+// Chunks of N numbers, of grad_z and W.
+template <typename T, int kTiles>
+constexpr int kChunks = (kTiles * kTileColumns + kChunk<T> - 1) / kChunk<T>;
+template <typename T, int kTiles>
+constexpr int kWeightStage = kChunks<T, kTiles> * kColumns * kPieces;
+
+struct Sizes {
+  int64_t rows, rows_per_block;
+  int channels, outputs, groups_per_block;
+};
+
+// A block's sums of its columns, and those of the warps of a group, twice: the next group's are
+// written while these are read.
+__host__ __device__ inline int sum_floats(int columns, int warps) {
+  return 2 * columns + 2 * warps * kColumns * 2;
+}
+
+// Adds over the 8 lanes of a column: each step halves the numbers of a lane. Returns which of the
+// 8 columns the lane is left with.
+__device__ inline int add_lanes(float (&dz)[8], float (&dz_centred)[8]) {
+  int column = 0;
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const int bit = 4 * half;
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? dz[i] : dz[i + half];
+      const float sent_centred = upper ? dz_centred[i] : dz_centred[i + half];
+      dz[i] = (upper ? dz[i + half] : dz[i]) + __shfl_xor_sync(~0u, sent, bit);
+      dz_centred[i] =
+          (upper ? dz_centred[i + half] : dz_centred[i]) + __shfl_xor_sync(~0u, sent_centred, bit);
+    }
+    column += upper ? half : 0;
+  }
+  return column;
+}
+
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2 : 1)
+    bn_relu_conv1x1_grad_input_kernel(const __grid_constant__ Sizes sizes,
+                                      const __grid_constant__ Rows<const T> x, BatchNorm bn,
+                                      const uint4* weight,
+                                      const __grid_constant__ Rows<const T> grad_z,
+                                      const __grid_constant__ Rows<float> grad_features,
+                                      bool first_reader, double* partial_dz,
+                                      double* partial_dz_centred) {
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+  constexpr int kChunks_ = kChunks<T, kTiles>, kWeightStage_ = kWeightStage<T, kTiles>;
+  extern __shared__ uint4 shared[];
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int g = lane / kPieces, t = lane % kPieces;
+  const int all_groups = (sizes.channels + kColumns - 1) / kColumns;
+  const int first_group = blockIdx.y * sizes.groups_per_block;
+  const int groups = min(sizes.groups_per_block, all_groups - first_group);
+  const int first_channel = first_group * kColumns, columns = sizes.groups_per_block * kColumns;
+  const SharedNorm norm(reinterpret_cast<float*>(shared), columns);
+  float* const block_sums = reinterpret_cast<float*>(shared) + SharedNorm::kNumbers * columns;
+  float* const warp_sums = block_sums + 2 * columns;
+  uint4* const stages =
+      reinterpret_cast<uint4*>(reinterpret_cast<float*>(shared) + SharedNorm::kNumbers * columns +
+                               sum_floats(columns, warps));
+
+  const int64_t begin = blockIdx.x * sizes.rows_per_block;
+  const int64_t end = min(begin + sizes.rows_per_block, sizes.rows);
+  const int tile_rows = warps * kTileRows;
+  const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * groups;
+
+  int copied = 0, copied_group = 0;
+  const auto copy_next = [&] {
+    if (copied < total) {
+      uint4* const stage = stages + copied % kStages * kWeightStage_;
+      const uint4* const from =
+          weight + static_cast<int64_t>(first_group + copied_group) * kWeightStage_;
+      for (int i = threadIdx.x; i < kWeightStage_; i += blockDim.x) {
+        copy_async(stage + i, from + i);
+      }
+      if (++copied_group == groups) copied_group = 0;
+    }
+    ++copied;
+    commit_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copy_next();
+  norm.load(bn, first_channel, columns, sizes.channels);
+  for (int i = threadIdx.x; i < 2 * columns; i += blockDim.x) block_sums[i] = 0;
+
+  // Adds the warps' sums of a group of columns to the block's.
+  const auto add_warps = [&](int i, int group) {
+    if (warp != i % warps) return;
+    const float* const from = warp_sums + i % 2 * warps * kColumns * 2 + lane * 2;
+    float dz = 0, dz_centred = 0;
+    for (int w = 0; w < warps; ++w) {
+      dz += from[w * kColumns * 2];
+      dz_centred += from[w * kColumns * 2 + 1];
+    }
+    block_sums[group * kColumns + lane] += dz;
+    block_sums[columns + group * kColumns + lane] += dz_centred;
+  };
+
+  uint4 low[kChunks_], high[kChunks_];  // of grad_z: rows g and g + 8
+  int group = 0;
+  int64_t row = begin + warp * kTileRows + g;
+  for (int i = 0; i < total; ++i) {
+    if (group == 0) {
+      const auto operand = [&](int64_t row, int chunk) {
+        const int n = chunk * kChunk<T> + t * kPiece<T>;
+        Piece<T> piece{};
+        if (row < end) {
+          if (grad_z.aligned && n + kPiece<T> <= sizes.outputs) {
+            piece = *reinterpret_cast<const Piece<T>*>(grad_z.at(row, n));
+          } else {
+#pragma unroll
+            for (int k = 0; k < kPiece<T>; ++k) {
+              if (n + k < sizes.outputs) piece.values[k] = *grad_z.at(row, n + k);
+            }
+          }
+        }
+        return bits<T>(to_operands<T>(piece));
+      };
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks_; ++chunk) {
+        low[chunk] = operand(row, chunk);
+        high[chunk] = operand(row + 8, chunk);
+      }
+    }
+    // Four columns of each pair of tiles, rows g and g + 8.
+    float x_values[kPairs][2][4], sums[kPairs][2][4];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int column = first_channel + group * kColumns + pair * 2 * kTileColumns + 4 * t;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t r = row + half * 8;
+        const int valid = r < end ? sizes.channels - column : 0;
+        const int64_t safe = r < end ? r : begin;
+        load_row(x_values[pair][half], x.at(safe, column), x.aligned, valid);
+        load_row(sums[pair][half], grad_features.at(safe, column), grad_features.aligned,
+                 first_reader ? 0 : valid);
+      }
+    }
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // this stage is there, the one before is free, the sums of before are there
+    copy_next();
+    if (i > 0) add_warps(i - 1, group == 0 ? groups - 1 : group - 1);
+
+    const uint4* const stage = stages + i % kStages * kWeightStage_;
+    float grad_a[kGroupTiles][4] = {};
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks_; ++chunk) {
+      uint4 b[kGroupTiles];
+#pragma unroll
+      for (int j = 0; j < kGroupTiles; ++j) b[j] = stage[(chunk * kGroupTiles + j) * kWarp + lane];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int j = 0; j < kGroupTiles; ++j) {
+          mma_chunk_step<T>(grad_a[j], low[chunk], high[chunk], b[j], step);
+        }
+      }
+    }
+
+    float dz_sums[4 * kPairs] = {}, dz_centred_sums[4 * kPairs] = {};
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int own = group * kColumns + pair * 2 * kTileColumns + 4 * t;
+      Channel<float> channels[4];
+      norm.get(channels, own);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float value = x_values[pair][half][k];
+          const float dz =
+              masked<T>(channels[k], value, grad_a[2 * pair + k / 2][2 * half + k % 2]);
+          dz_sums[4 * pair + k] += dz;
+          dz_centred_sums[4 * pair + k] =
+              fma(dz, value - channels[k].mean, dz_centred_sums[4 * pair + k]);
+          sums[pair][half][k] = fma(channels[k].scale, dz, sums[pair][half][k]);
+        }
+        const int64_t r = row + half * 8;
+        if (r < end) {
+          store_row(grad_features.at(r, first_channel + own), sums[pair][half],
+                    grad_features.aligned, sizes.channels - first_channel - own);
+        }
+      }
+    }
+    const int place = add_lanes(dz_sums, dz_centred_sums);
+    const int column = place / 4 * 2 * kTileColumns + 4 * t + place % 4;
+    float* const to = warp_sums + ((i % 2 * warps + warp) * kColumns + column) * 2;
+    to[0] = dz_sums[0];
+    to[1] = dz_centred_sums[0];
+    if (++group == groups) {
+      group = 0;
+      row += tile_rows;
+    }
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+  add_warps(total - 1, groups - 1);
+  __syncthreads();
+  for (int i = threadIdx.x; i < groups * kColumns; i += blockDim.x) {
+    const int64_t c = first_channel + i;
+    if (c >= sizes.channels) continue;
+    const int64_t to = c * gridDim.x + blockIdx.x;
+    partial_dz[to] = block_sums[i];
+    partial_dz_centred[to] = block_sums[columns + i];
+  }
+#endif
+}
+
+struct Geometry_ {
+  int warps, groups_per_block, splits;
+  Chunking chunking;
+};
+
+// Eight warps a block where the rows fill the chip; else four, and blocks share the columns.
+Geometry_ choose_geometry(int64_t rows, int64_t channels) {
+  Geometry_ geometry{};
+  geometry.warps = rows >= kBlocks / 2 * kMaxWarps * kTileRows ? kMaxWarps : kMaxWarps / 2;
+  const int64_t tile = geometry.warps * kTileRows, tiles = ceil_div(rows, tile);
+  const int64_t groups = ceil_div(channels, kColumns);
+  const int64_t splits = std::min(groups, std::max<int64_t>(1, kBlocks / tiles));
+  geometry.groups_per_block = static_cast<int>(ceil_div(groups, splits));
+  geometry.splits = static_cast<int>(ceil_div(groups, geometry.groups_per_block));
+  const int64_t rows_per_block = ceil_div(tiles, kBlocks) * tile;
+  geometry.chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
+  return geometry;
+}
+
+}  // namespace
+
+void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, const void* weight,
+                                int64_t outputs, const Reader& reader) {
+  const Geometry_ geometry = choose_geometry(problem.rows.count, problem.channels);
+  const Chunking& chunking = geometry.chunking;
+  const Sizes sizes{problem.rows.count, chunking.rows_per_chunk, static_cast<int>(problem.channels),
+                    static_cast<int>(outputs), geometry.groups_per_block};
+  double* const partial_dz = problem.workspace(2 * problem.channels * chunking.chunks);
+  double* const partial_dz_centred = partial_dz + problem.channels * chunking.chunks;
+  dispatch_operand(problem.element, [&](auto element) {
+    dispatch_tiles(output_tiles(outputs), [&](auto tiles) {
+      using T = decltype(element);
+      constexpr int kTiles = decltype(tiles)::value;
+      const auto kernel = bn_relu_conv1x1_grad_input_kernel<T, kTiles>;
+      const int columns = geometry.groups_per_block * kColumns;
+      const int64_t floats = SharedNorm::kNumbers * columns + sum_floats(columns, geometry.warps);
+      const int64_t bytes =
+          floats * sizeof(float) + kStages * kWeightStage<T, kTiles> * kPieceBytes;
+      allow_shared(kernel, bytes);
+      kernel<<<dim3(chunking.chunks, geometry.splits), geometry.warps * kWarp, bytes,
+               static_cast<cudaStream_t>(problem.stream)>>>(
+          sizes, Rows<const T>(problem.features[0].x, 4), bn, static_cast<const uint4*>(weight),
+          Rows<const T>(reader.grad_y), Rows<float>(reader.grad_features, 4), reader.first_reader,
+          partial_dz, partial_dz_centred);
+      check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
+    });
+  });
+  merge_reader(problem, bn, reader, chunking, partial_dz, partial_dz_centred);
+}
+
+}  // namespace efficient_densenet::cuda

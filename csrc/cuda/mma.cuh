@@ -1,0 +1,300 @@
+// Shared by the tensor-core kernels (bn_relu_conv1x1*.cu): operands in registers, asynchronous
+// copies, and how a product is cut.
+//
+// A product sums over channels in chunks of 64 bytes of a row: 32 channels of 16 bits or 16 of
+// TF32, two mma steps. Which channel is which k of a step is free, as long as both operands agree.
+// So a lane takes one piece of 16 bytes that lie next to each other, for both steps at once:
+//
+//   row of x   | piece of t=0 | piece of t=1 | piece of t=2 | piece of t=3 |     one chunk
+//                 \__ 4 registers: step 0 takes the first two, step 1 the last two
+//
+// lane = 4 g + t: the mma's group g is a row of x (A operand) or a column of the result (B
+// operand). Packed weights hold the B operands of 8 columns as 512 bytes in the order of lanes, so
+// each is one conflict-free 16-byte access.
+//
+// Columns of the result are free as well. In each pair of 8-column tiles, column 2 t + e of tile j
+// is column 4 t + 2 j + e of the pair, so that a lane's results are four neighbouring columns.
+#pragma once
+
+#include <cstdint>
+
+#include "tile.cuh"
+
+// Devices before 8.0 get empty kernels, which why_no_tensor_cores keeps from being launched.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define EFFICIENT_DENSENET_TENSOR_CORES 1
+#endif
+
+namespace efficient_densenet::cuda {
+
+constexpr int kPieceBytes = 16;
+constexpr int kPieces = 4;                // of a chunk
+constexpr int kTileRows = 16;             // of a warp's mma
+constexpr int kTileColumns = 8;           // of one mma
+constexpr int kStages = 4;                // of copies under way
+constexpr int kDefaultShared = 48 << 10;  // bytes a kernel may have without asking
+
+template <typename T>
+constexpr int kPiece = kPieceBytes / sizeof(T);  // channels
+template <typename T>
+constexpr int kChunk = kPieces * kPiece<T>;  // channels
+template <typename T>
+constexpr int kStep = kChunk<T> / 2;  // channels that one mma sums over
+
+// Column, among 16, of place p in a pair of tiles.
+__host__ __device__ inline int pair_column(int p) {
+  const int tile = p / kTileColumns, place = p % kTileColumns;
+  return 4 * (place / 2) + 2 * tile + place % 2;
+}
+
+template <typename T>
+using Piece = Pack<T, kPiece<T>>;
+
+template <typename T>
+__device__ uint4 bits(const Piece<T>& piece) {
+  static_assert(sizeof(piece) == sizeof(uint4));
+  return *reinterpret_cast<const uint4*>(&piece);
+}
+
+// As an operand of the mma: TF32 keeps 10 bits of the fraction, rounded to nearest.
+__device__ inline float to_operand(float x) {
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return __uint_as_float(rounded);
+#else
+  return x;
+#endif
+}
+__device__ inline __half to_operand(__half x) { return x; }
+__device__ inline __nv_bfloat16 to_operand(__nv_bfloat16 x) { return x; }
+
+template <typename T>
+__device__ Piece<T> to_operands(Piece<T> piece) {
+#pragma unroll
+  for (int i = 0; i < kPiece<T>; ++i) piece.values[i] = to_operand(piece.values[i]);
+  return piece;
+}
+
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+
+// c += a b, 16 x 8, over kStep channels.
+template <typename T>
+__device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, float>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// Both steps of a chunk: pieces of rows g and g + 8, and of column g.
+template <typename T>
+__device__ void mma_chunk_step(float (&c)[4], const uint4& low, const uint4& high, const uint4& b,
+                               int step) {
+  if (step == 0) {
+    mma<T>(c, {low.x, high.x, low.y, high.y}, {b.x, b.y});
+  } else {
+    mma<T>(c, {low.z, high.z, low.w, high.w}, {b.z, b.w});
+  }
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, of which `count` are read and the others are 0.
+__device__ inline void copy_async(void* to, const void* from, int count = kPieceBytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(count)
+               : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all but the `kPending` youngest groups of this thread have arrived.
+template <int kPending>
+__device__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#endif
+
+// Whether rows can be read in aligned pieces; else their elements are read one by one.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  bool aligned;
+
+  __host__ explicit Rows(const View& view, int access = kPieceBytes / sizeof(T))
+      : data(static_cast<T*>(view.data)),
+        stride(view.row_strides[0]),
+        aligned(reinterpret_cast<uintptr_t>(view.data) % (access * sizeof(T)) == 0 &&
+                stride % access == 0) {}
+
+  __device__ T* at(int64_t row, int64_t column) const { return data + row * stride + column; }
+};
+
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+
+// A piece into shared memory; elements from `valid` on are 0 and not read.
+template <typename T>
+__device__ void copy_piece(void* to, const Rows<const T>& rows, int64_t row, int64_t column,
+                           int64_t valid) {
+  const int count = static_cast<int>(max(int64_t(0), min(valid, int64_t(kPiece<T>))));
+  const T* const from = count == 0 ? rows.data : rows.at(row, column);
+  if (rows.aligned) return copy_async(to, from, count * sizeof(T));
+  Piece<T> piece{};
+#pragma unroll
+  for (int i = 0; i < kPiece<T>; ++i) {
+    if (i < count) piece.values[i] = from[i];
+  }
+  *static_cast<Piece<T>*>(to) = piece;
+}
+
+#endif
+
+// Up to k elements of a row, widened; those from `valid` on are 0 and not read.
+template <int k, typename T>
+__device__ void load_row(float (&values)[k], const T* from, bool aligned, int64_t valid) {
+  if (aligned && valid >= k) {
+    const auto pack = *reinterpret_cast<const Pack<T, k>*>(from);
+#pragma unroll
+    for (int i = 0; i < k; ++i) values[i] = widen(pack.values[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < k; ++i) values[i] = i < valid ? widen(from[i]) : 0.0f;
+}
+
+template <int k, typename T>
+__device__ void store_row(T* to, const float (&values)[k], bool aligned, int64_t valid) {
+  if (aligned && valid >= k) {
+    Pack<T, k> pack;
+#pragma unroll
+    for (int i = 0; i < k; ++i) pack.values[i] = narrow<T>(values[i]);
+    *reinterpret_cast<Pack<T, k>*>(to) = pack;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < k; ++i) {
+    if (i < valid) to[i] = narrow<T>(values[i]);
+  }
+}
+
+// The numbers of batch norm of neighbouring channels, in shared memory: one array per number.
+struct SharedNorm {
+  float *mean, *scale, *bias;
+
+  __device__ SharedNorm(float* memory, int count)
+      : mean(memory), scale(memory + count), bias(memory + 2 * count) {}
+
+  static constexpr int kNumbers = 3;
+
+  // Of the channels [first, first + count), 0 from `channels` on. The caller synchronises.
+  __device__ void load(const BatchNorm& bn, int64_t first, int count, int64_t channels) const {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      Channel<float> channel{};
+      if (first + i < channels) channel = Channel<float>::load(bn, first + i);
+      mean[i] = channel.mean;
+      scale[i] = channel.scale;
+      bias[i] = channel.bias;
+    }
+  }
+
+  template <int k>
+  __device__ void get(Channel<float> (&numbers)[k], int first) const {
+    using Floats = Pack<float, 4>;
+#pragma unroll
+    for (int i = 0; i < k; i += 4) {
+      const auto means = *reinterpret_cast<const Floats*>(mean + first + i);
+      const auto scales = *reinterpret_cast<const Floats*>(scale + first + i);
+      const auto biases = *reinterpret_cast<const Floats*>(bias + first + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        numbers[i + j].mean = means.values[j];
+        numbers[i + j].scale = scales.values[j];
+        numbers[i + j].bias = biases.values[j];
+      }
+    }
+  }
+};
+
+// relu(bn(x)) of a piece, as an operand.
+template <typename T>
+__device__ Piece<T> normalised(const Piece<T>& x, const Channel<float> (&channels)[kPiece<T>]) {
+  Piece<T> a;
+#pragma unroll
+  for (int i = 0; i < kPiece<T>; ++i) {
+    a.values[i] = to_operand(narrow<T>(relu(channels[i].normalise(widen(x.values[i])))));
+  }
+  return a;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Host side
+
+// Tiles of 8 columns that a row of N outputs is computed as: an even number, among the few that
+// kernels exist for.
+inline int output_tiles(int64_t outputs) {
+  for (const int tiles : {6, 8, 12, 16, 24}) {
+    if (tiles * kTileColumns >= outputs) return tiles;
+  }
+  return kMaxConv1x1Outputs / kTileColumns;
+}
+
+// Calls body(T, tiles) with both as types.
+template <typename Body>
+void dispatch_tiles(int tiles, const Body& body) {
+  switch (tiles) {
+    case 6:
+      return body(std::integral_constant<int, 6>{});
+    case 8:
+      return body(std::integral_constant<int, 8>{});
+    case 12:
+      return body(std::integral_constant<int, 12>{});
+    case 16:
+      return body(std::integral_constant<int, 16>{});
+    case 24:
+      return body(std::integral_constant<int, 24>{});
+    default:
+      return body(std::integral_constant<int, kMaxConv1x1Outputs / kTileColumns>{});
+  }
+}
+
+template <typename Body>
+void dispatch_operand(Element element, const Body& body) {
+  switch (element) {
+    case Element::kFloat:
+      return body(float{});
+    case Element::kHalf:
+      return body(__half{});
+    case Element::kBFloat16:
+      return body(__nv_bfloat16{});
+    case Element::kDouble:
+      fail("efficient_densenet", "tensor-core kernels: no float64");
+  }
+}
+
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes) {
+  if (bytes <= kDefaultShared) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "cudaFuncSetAttribute");
+}
+
+}  // namespace efficient_densenet::cuda
