@@ -62,9 +62,9 @@ class Call {
   }
 
   Tensor packed(WeightLayout layout) {
-    const int64_t bytes = cuda::packed_conv1x1_bytes(element_, layout, outputs_, channels_);
+    const int64_t bytes = cuda::packed_conv1x1_bytes(element_, layout, rows_, outputs_, channels_);
     Tensor memory = empty({bytes}, ScalarType::Byte, x_.device());
-    cuda::pack_conv1x1(element_, layout, {conv1_.data_ptr(), 1, outputs_, channels_, 0},
+    cuda::pack_conv1x1(element_, layout, rows_, {conv1_.data_ptr(), 1, outputs_, channels_, 0},
                        memory.data_ptr(), launch_.stream());
     return memory;
   }

@@ -32,12 +32,12 @@ namespace cuda {
 // Empty, or why the kernels cannot run on a device.
 std::string why_no_tensor_cores(int device_index);
 
-// Bytes of one packed weight [outputs, channels].
-int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t outputs,
+// Bytes of one packed weight [outputs, channels] for M rows: the layout depends on how many.
+int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t rows, int64_t outputs,
                              int64_t channels);
 // All weights, packed one after the other.
-void pack_conv1x1(Element element, WeightLayout layout, const Conv1x1Weights& weights, void* packed,
-                  void* stream);
+void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv1x1Weights& weights,
+                  void* packed, void* stream);
 
 // `weight` is packed, kForward. `moments` (without copy) may be null: they are of z as stored.
 void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* weight,

@@ -35,8 +35,10 @@ void update_running_statistics(const std::vector<RunningStatistics>&, int64_t, v
   fail_without_cuda();
 }
 std::string why_no_tensor_cores(int) { return "this build is CPU only"; }
-int64_t packed_conv1x1_bytes(Element, WeightLayout, int64_t, int64_t) { fail_without_cuda(); }
-void pack_conv1x1(Element, WeightLayout, const Conv1x1Weights&, void*, void*) {
+int64_t packed_conv1x1_bytes(Element, WeightLayout, int64_t, int64_t, int64_t) {
+  fail_without_cuda();
+}
+void pack_conv1x1(Element, WeightLayout, int64_t, const Conv1x1Weights&, void*, void*) {
   fail_without_cuda();
 }
 void bn_relu_conv1x1(const Problem&, const BatchNorm&, const void*, int64_t, const View&,

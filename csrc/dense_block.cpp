@@ -419,11 +419,11 @@ void Block::normalise(const Norm& norm, const Matrix& x, int64_t rows, const Mat
 void Block::pack_conv1(WeightLayout layout) {
   int64_t bytes = 0;
   for (int64_t l = 0; l < layers_; ++l) {
-    bytes += cuda::packed_conv1x1_bytes(element_, layout, bottleneck_, channels_before(l));
+    bytes += cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l));
   }
   Tensor& packed =
       packed_[static_cast<int>(layout)].emplace(empty({bytes}, ScalarType::Byte, device_));
-  cuda::pack_conv1x1(element_, layout,
+  cuda::pack_conv1x1(element_, layout, rows_,
                      {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_},
                      packed.data_ptr(), launch_.stream());
 }
@@ -431,7 +431,7 @@ void Block::pack_conv1(WeightLayout layout) {
 const void* Block::packed_conv1(WeightLayout layout, int64_t layer) const {
   int64_t begin = 0;
   for (int64_t l = 0; l < layer; ++l) {
-    begin += cuda::packed_conv1x1_bytes(element_, layout, bottleneck_, channels_before(l));
+    begin += cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l));
   }
   return static_cast<const char*>(packed_[static_cast<int>(layout)]->data_ptr()) + begin;
 }

@@ -1,23 +1,21 @@
 // z = relu(bn(x)) W^T on tensor cores, [M, C] times [C, N] to [M, N], and the moments of z.
 //
-//                    C, chunk by chunk ->                 N, all of it
-//                 | x | x | x | x | ...            | z: 8-column tiles side by side |
-//   warp 0, 16 rows   pieces to registers,          accumulators of the warp
-//   warp 1            normalised there
-//   ...           W of the chunk: shared memory, one copy for all warps of the block
+//                    C, chunk by chunk ->              N, or a group of its columns
+//                      | x | x | x | x | ...         | z: 8-column tiles side by side |
+//   warp 0, 16 or 32 rows  pieces to registers,       accumulators of the warp
+//   warp 1                 normalised there
+//   ...                W of the chunk: shared memory, one copy for all warps of the block
 //
-// A warp owns 16 rows and all N columns, so x is read once and normalised once. Pieces of x and
+// A warp owns its rows for all columns, so x is read and normalised once. Only where the rows are
+// too few to fill the chip do blocks share N (and read x again, from the L2 cache). Pieces of x and
 // chunks of W come by asynchronous copies, kStages - 1 chunks ahead, also across tiles of rows: a
 // block takes one stretch of rows, tile after tile.
-// Moments: of the 16 rows of a tile in registers, pairs of rows first, merged over the lanes, tiles
-// and warps by the formula of Chan, Golub and LeVeque (moments.cuh), so no sum of squares cancels;
-// then one partial result per column and block, merged in double by a second kernel. The order
-// depends on the shape alone.
+// Moments: of a tile's rows in registers, merged over the lanes, tiles and warps by the formula of
+// Chan, Golub and LeVeque (moments.cuh), so no sum of squares cancels; then one partial result per
+// column and block, merged in double by a second kernel. The order depends on the shape alone.
 //
-// Bytes: x once, z once; W (from the L2 cache) once per block. Operations: 2 M C N.
-// Limit: memory where M is large. Per chunk, warp and multiprocessor, shared memory takes 4 cycles
-// per tile of columns and the tensor cores about as much, less than the chunk's share of memory
-// bandwidth (64 cycles against about 77 of 1 KB at N = 128). With few rows: latency of copies.
+// Bytes: x once, z once; W (from the L2 cache) once per block and tile. Operations: 2 M C N.
+// Limit: memory where M is large; else the latency of a chunk, C / kChunk times in a row.
 #include "../bn_relu_conv1x1.h"
 #include "mma.cuh"
 #include "moments.cuh"
@@ -26,7 +24,8 @@ namespace efficient_densenet::cuda {
 namespace {
 
 constexpr int kMaxWarps = 8;
-constexpr int64_t kBlocks = 528;  // at most, about; four per multiprocessor of a large GPU
+constexpr int64_t kBlocks = 264;  // along the rows, at most; two per multiprocessor of a large GPU
+constexpr int kStages = 4;        // of copies under way
 
 template <int n>
 constexpr int kHalf = n % 2 == 0 ? n / 2 : n;
@@ -78,51 +77,59 @@ struct Sizes {
   int channels, outputs;
 };
 
-template <typename T, int kTiles>
+template <int kTiles>
 constexpr int kWeightStage = kTiles * kTileColumns * kPieces;  // pieces of a chunk of W
 
 __host__ __device__ inline int norm_floats(int chunks, int chunk) {
   return SharedNorm::kNumbers * chunks * chunk;
 }
 
-template <typename T, int kTiles>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles <= 16 ? 2 : 1)
+// A block of so many warps leaves its accumulators enough registers twice, or once.
+constexpr int blocks_per_multiprocessor(int row_tiles, int tiles) {
+  return row_tiles * tiles <= 16 ? 2 : 1;
+}
+
+// A warp's tile: kRowTiles times 16 rows, kTiles times 8 columns.
+template <typename T, int kRowTiles, int kTiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kRowTiles, kTiles))
     bn_relu_conv1x1_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> x, BatchNorm bn,
                            const uint4* weight, const __grid_constant__ Rows<T> z,
                            double* partial_mean, double* partial_m2) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
-  constexpr int kOutputs = kTiles * kTileColumns, kPairs = kTiles / 2;
+  constexpr int kOutputs = kTiles * kTileColumns, kPairs = kTiles / 2, kOwnRows = 2 * kRowTiles;
   extern __shared__ uint4 shared[];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / kPieces, t = lane % kPieces;
   const int chunks = (sizes.channels + kChunk<T> - 1) / kChunk<T>;
   const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChunk<T>);
   uint4* const stages = shared + norm_floats(chunks, kChunk<T>) / 4;
-  const int stage_pieces = kWeightStage<T, kTiles> + warps * 2 * kWarp;
-  const int own_x = kWeightStage<T, kTiles> + warp * 2 * kWarp + lane;
+  const int stage_pieces = kWeightStage<kTiles> + warps * kOwnRows * kWarp;
+  const int own_x = kWeightStage<kTiles> + warp * kOwnRows * kWarp + lane;
+  const int first_output = blockIdx.y * kOutputs;
+  weight += static_cast<int64_t>(blockIdx.y) * chunks * kWeightStage<kTiles>;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
   const int64_t end = min(begin + sizes.rows_per_block, sizes.rows);
-  const int tile_rows = warps * kTileRows;
+  const int tile_rows = warps * kRowTiles * kTileRows;
   const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * chunks;
 
-  // The next chunk to copy: its number, place in C and the lane's first row.
+  // The next chunk to copy: its number, place in C and the lane's first row; its rows are 8 apart.
   int copied = 0, copied_chunk = 0;
-  int64_t copied_row = begin + warp * kTileRows + g;
+  int64_t copied_row = begin + warp * kRowTiles * kTileRows + g;
   const auto copy_next = [&] {
     if (copied < total) {
       uint4* const stage = stages + copied % kStages * stage_pieces;
-      const uint4* const from = weight + copied_chunk * kWeightStage<T, kTiles>;
-      for (int i = threadIdx.x; i < kWeightStage<T, kTiles>; i += blockDim.x) {
+      const uint4* const from = weight + copied_chunk * kWeightStage<kTiles>;
+      for (int i = threadIdx.x; i < kWeightStage<kTiles>; i += blockDim.x) {
         copy_async(stage + i, from + i);
       }
       const int column = copied_chunk * kChunk<T> + t * kPiece<T>;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = copied_row + half * 8;
-        copy_piece(stage + own_x + half * kWarp, x, row, column,
-                   row < end ? sizes.channels - column : 0);
+      for (int r = 0; r < kOwnRows; ++r) {
+        const int64_t row = copied_row + r * 8;
+        copy_row<kPiece<T>>(stage + own_x + r * kWarp, x, row, column,
+                            row < end ? sizes.channels - column : 0);
       }
       if (++copied_chunk == chunks) {
         copied_chunk = 0;
@@ -136,13 +143,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles <= 16 ? 2 : 1)
   for (int i = 0; i < kStages - 1; ++i) copy_next();
   norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
 
-  float sums[kTiles][4] = {};
+  float sums[kRowTiles][kTiles][4] = {};
   using Tile_ = TileMoments<4 * kPairs>;
   Moments<float, Tile_::kOwned> moments;
   int first_owned = 0;
   bool owner = true;
   int chunk = 0;
-  int64_t row = begin + warp * kTileRows + g;
+  int64_t row = begin + warp * kRowTiles * kTileRows + g;
   for (int i = 0; i < total; ++i) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // all copies of this stage are there, and nobody reads the one before
@@ -150,37 +157,63 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles <= 16 ? 2 : 1)
     const uint4* const stage = stages + i % kStages * stage_pieces;
     Channel<float> channels[kPiece<T>];
     norm.get(channels, chunk * kChunk<T> + t * kPiece<T>);
-    const auto operand = [&](int half) {
-      const uint4 piece = stage[own_x + half * kWarp];
-      return bits<T>(normalised<T>(*reinterpret_cast<const Piece<T>*>(&piece), channels));
-    };
-    const uint4 low = operand(0), high = operand(1);
+    uint4 a[kOwnRows];
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r) {
+      const uint4 piece = stage[own_x + r * kWarp];
+      a[r] = bits<T>(normalised<T>(*reinterpret_cast<const Piece<T>*>(&piece), channels));
+    }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const uint4 b = stage[j * kWarp + lane];
-      mma_chunk_step<T>(sums[j], low, high, b, 0);
-      mma_chunk_step<T>(sums[j], low, high, b, 1);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma_chunk_step<T>(sums[m][j], a[2 * m], a[2 * m + 1], b, step);
+        }
+      }
     }
     if (++chunk < chunks) continue;
 
     // The tile is done: store it, and take its moments.
-    const bool low_row = row < end, high_row = row + 8 < end;
     Tile_ tile;
-    tile.count = low_row + high_row;
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r) tile.count += row + r * 8 < end;
+    const float share = 1 / fmaxf(tile.count, 1);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const int column = pair * 2 * kTileColumns + 4 * t;
-      const float (&left)[4] = sums[2 * pair], (&right)[4] = sums[2 * pair + 1];
-      const float lows[4] = {left[0], left[1], right[0], right[1]};
-      const float highs[4] = {left[2], left[3], right[2], right[3]};
-      const int valid = sizes.outputs - column;
-      if (low_row) store_row(z.at(row, column), lows, z.aligned, valid);
-      if (high_row) store_row(z.at(row + 8, column), highs, z.aligned, valid);
+      const int column = first_output + pair * 2 * kTileColumns + 4 * t;
+      float values[kOwnRows][4];
+#pragma unroll
+      for (int r = 0; r < kOwnRows; ++r) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          values[r][k] = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
+        }
+        if (row + r * 8 < end) {
+          store_row(z.at(row + r * 8, column), values[r], z.aligned, sizes.outputs - column);
+        }
+      }
+      if (partial_mean == nullptr) continue;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float a = widen(narrow<T>(lows[k])), b = widen(narrow<T>(highs[k]));
-        tile.mean[4 * pair + k] = high_row ? a + 0.5f * (b - a) : low_row ? a : 0;
-        tile.m2[4 * pair + k] = high_row ? 0.5f * (b - a) * (b - a) : 0;
+        // As stored, relative to the first row; rows behind the end count as that one.
+        const float first = widen(narrow<T>(values[0][k]));
+        float sum = 0, mean, &m2 = tile.m2[4 * pair + k];
+#pragma unroll
+        for (int r = 1; r < kOwnRows; ++r) {
+          values[r][k] = row + r * 8 < end ? widen(narrow<T>(values[r][k])) - first : 0;
+          sum += values[r][k];
+        }
+        mean = sum * share;
+        m2 = tile.count > 0 ? mean * mean : 0;
+#pragma unroll
+        for (int r = 1; r < kOwnRows; ++r) {
+          const float centred = row + r * 8 < end ? values[r][k] - mean : 0;
+          m2 = fma(centred, centred, m2);
+        }
+        tile.mean[4 * pair + k] = tile.count > 0 ? first + mean : 0;
       }
     }
     if (partial_mean != nullptr) {
@@ -191,9 +224,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles <= 16 ? 2 : 1)
       owner = tile.owner;
     }
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sums[j][k] = 0;
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[m][j][k] = 0;
+      }
     }
     chunk = 0;
     row += tile_rows;
@@ -216,55 +252,73 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles <= 16 ? 2 : 1)
     }
   }
   __syncthreads();
-  for (int n = threadIdx.x; n < sizes.outputs; n += blockDim.x) {
+  for (int n = threadIdx.x; n < kOutputs; n += blockDim.x) {
+    if (first_output + n >= sizes.outputs) break;
     Moments<float, 1> all;
     for (int w = 0; w < warps; ++w) {
       all.merge(
           counts[w], [&](int) { return means[w * kOutputs + n]; },
           [&](int) { return m2s[w * kOutputs + n]; });
     }
-    const int64_t i = static_cast<int64_t>(n) * gridDim.x + blockIdx.x;
+    const int64_t i = static_cast<int64_t>(first_output + n) * gridDim.x + blockIdx.x;
     partial_mean[i] = all.mean[0];
     partial_m2[i] = all.m2[0];
   }
 #endif
 }
 
-// Warps per block, measured: wide blocks read W less often, narrow ones reach more multiprocessors.
-int choose_warps(int64_t rows) {
-  for (int warps = kMaxWarps; warps > 2; warps /= 2) {
-    if (rows >= kBlocks / 2 * warps * kTileRows) return warps;
-  }
-  return 2;
-}
+// How a call is cut, from measurements on an H100. With many rows, warps of 32 rows read W half as
+// often; with fewer, more warps hide more latency, and when even those of 16 rows do not fill the
+// chip, groups of columns give more of them.
+//
+//   rows             rows of a warp   warps of a block   groups of columns
+//   32,768 or more   32 (N <= 128)    8                  1
+//   16,384 or more   16               4                  1
+//   fewer            16               4                  2 or 4, of at least 32 columns
+struct Tiling {
+  int row_tiles, warps, tiles, groups;
+  Chunking chunking;
 
-Chunking choose_rows(int64_t rows, int warps) {
-  const int64_t tile = warps * kTileRows, tiles = ceil_div(rows, tile);
-  const int64_t rows_per_block = ceil_div(tiles, kBlocks) * tile;
-  return {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
-}
+  Tiling(int64_t rows, int64_t outputs) {
+    const bool many = rows >= 32768;
+    groups = 1;
+    while (rows * groups < 16384 && groups < 4 && outputs > 2 * groups * 16) groups *= 2;
+    tiles = tiles_for(ceil_div(outputs, groups));
+    row_tiles = many && tiles <= 16 ? 2 : 1;
+    warps = many ? kMaxWarps : kMaxWarps / 2;
+    const int64_t tile = warps * row_tiles * kTileRows, row_tiles_all = ceil_div(rows, tile);
+    const int64_t rows_per_block = ceil_div(row_tiles_all, kBlocks) * tile;
+    chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
+  }
+};
 
 // ---------------------------------------------------------------------------------------------
 // Packed weights: [chunk of k][column][channels of the chunk], once per group of columns. kForward:
-// columns are the N outputs, one group, k the channels of x. kGradInput: columns are the channels
-// of x in groups of 32, k the outputs.
+// columns are the N outputs in the groups of Tiling, k the channels of x. kGradInput: columns are
+// the channels of x in groups of 32, k the outputs.
 
 constexpr int kGradInputColumns = 32;
 
 struct PackedShape {
-  int64_t groups, chunks;
-  int columns, chunk;  // of a group; channels
+  bool forward;
+  int columns, chunk;  // columns of a group; channels of a chunk
+  int64_t groups_forward, chunks_grad;
 
-  __host__ __device__ PackedShape(WeightLayout layout, int chunk, int tiles, int64_t channels)
-      : chunk(chunk) {
-    const int64_t padded = tiles * kTileColumns;
-    const bool forward = layout == WeightLayout::kForward;
-    columns = forward ? static_cast<int>(padded) : kGradInputColumns;
-    groups = forward ? 1 : (channels + columns - 1) / columns;
-    chunks = ((forward ? channels : padded) + chunk - 1) / chunk;
+  PackedShape(WeightLayout layout, int chunk, int64_t rows, int64_t outputs)
+      : forward(layout == WeightLayout::kForward), chunk(chunk) {
+    const Tiling tiling(rows, outputs);
+    columns = forward ? tiling.tiles * kTileColumns : kGradInputColumns;
+    groups_forward = tiling.groups;
+    chunks_grad = ceil_div(tiles_for(outputs) * kTileColumns, chunk);
   }
 
-  __host__ __device__ int64_t elements() const { return groups * chunks * columns * chunk; }
+  __host__ __device__ int64_t chunks(int64_t channels) const {
+    return forward ? (channels + chunk - 1) / chunk : chunks_grad;
+  }
+  __host__ __device__ int64_t elements(int64_t channels) const {
+    const int64_t groups = forward ? groups_forward : (channels + columns - 1) / columns;
+    return groups * chunks(channels) * columns * chunk;
+  }
 };
 
 __host__ __device__ inline int64_t channels_of(const Conv1x1Weights& weights, int64_t layer) {
@@ -273,24 +327,22 @@ __host__ __device__ inline int64_t channels_of(const Conv1x1Weights& weights, in
 
 template <typename T>
 __global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weights,
-                                    WeightLayout layout, int tiles, T* packed) {
+                                    const __grid_constant__ PackedShape shape, T* packed) {
   const T* from = static_cast<const T*>(weights.data);
   for (int64_t l = 0; l < blockIdx.y; ++l) {
     from += weights.outputs * channels_of(weights, l);
-    packed += PackedShape(layout, kChunk<T>, tiles, channels_of(weights, l)).elements();
+    packed += shape.elements(channels_of(weights, l));
   }
-  const int64_t channels = channels_of(weights, blockIdx.y);
-  const PackedShape shape(layout, kChunk<T>, tiles, channels);
+  const int64_t channels = channels_of(weights, blockIdx.y), chunks = shape.chunks(channels);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < shape.elements(); i += step) {
-    const int64_t place = i / shape.chunk, columns = place / shape.columns;
+       i < shape.elements(channels); i += step) {
+    const int64_t place = i / shape.chunk, part = place / shape.columns;
     const int p = static_cast<int>(place % shape.columns), pair = p / (2 * kTileColumns);
-    const int64_t k = columns % shape.chunks * shape.chunk + i % shape.chunk;
-    const int64_t column = columns / shape.chunks * shape.columns + pair * 2 * kTileColumns +
+    const int64_t k = part % chunks * shape.chunk + i % shape.chunk;
+    const int64_t column = part / chunks * shape.columns + pair * 2 * kTileColumns +
                            pair_column(p % (2 * kTileColumns));
-    const bool forward = layout == WeightLayout::kForward;
-    const int64_t n = forward ? column : k, c = forward ? k : column;
+    const int64_t n = shape.forward ? column : k, c = shape.forward ? k : column;
     const bool inside = n < weights.outputs && c < channels;
     packed[i] = inside ? to_operand(from[n * channels + c]) : narrow<T>(0.0f);
   }
@@ -314,37 +366,36 @@ std::string why_no_tensor_cores(int device_index) {
   check(cudaSetDevice(device_index), "cudaSetDevice");
   cudaFuncAttributes attributes{};
   const cudaError_t error =
-      cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 16>);
+      cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 1, 16>);
   check(cudaSetDevice(before), "cudaSetDevice");
   check(error, "cudaFuncGetAttributes");
   if (attributes.ptxVersion < 80) return "this build has no kernels for compute capability 8.0";
   return "";
 }
 
-int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t outputs,
+int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t rows, int64_t outputs,
                              int64_t channels) {
   const int size = element_size(element), chunk = kPieces * kPieceBytes / size;
-  return PackedShape(layout, chunk, output_tiles(outputs), channels).elements() * size;
+  return PackedShape(layout, chunk, rows, outputs).elements(channels) * size;
 }
 
-void pack_conv1x1(Element element, WeightLayout layout, const Conv1x1Weights& weights, void* packed,
-                  void* stream) {
+void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv1x1Weights& weights,
+                  void* packed, void* stream) {
   dispatch_operand(element, [&](auto tag) {
     using T = decltype(tag);
-    const int tiles = output_tiles(weights.outputs);
-    const int64_t most =
-        PackedShape(layout, kChunk<T>, tiles, channels_of(weights, weights.layers - 1)).elements();
+    const PackedShape shape(layout, kChunk<T>, rows, weights.outputs);
+    const int64_t most = shape.elements(channels_of(weights, weights.layers - 1));
     const dim3 grid(std::min<int64_t>(ceil_div(most, kThreads), 64), weights.layers);
     pack_conv1x1_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        weights, layout, tiles, static_cast<T*>(packed));
+        weights, shape, static_cast<T*>(packed));
     check(cudaGetLastError(), "pack_conv1x1_kernel");
   });
 }
 
 void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* weight,
                      int64_t outputs, const View& z, const Statistics* moments) {
-  const int warps = choose_warps(problem.rows.count);
-  const Chunking chunking = choose_rows(problem.rows.count, warps);
+  const Tiling tiling(problem.rows.count, outputs);
+  const Chunking& chunking = tiling.chunking;
   const Sizes sizes{problem.rows.count, chunking.rows_per_chunk, static_cast<int>(problem.channels),
                     static_cast<int>(outputs)};
   double *partial_mean = nullptr, *partial_m2 = nullptr;
@@ -352,19 +403,27 @@ void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* we
     partial_mean = problem.workspace(2 * outputs * chunking.chunks);
     partial_m2 = partial_mean + outputs * chunking.chunks;
   }
+  const auto launch = [&](auto element, auto row_tiles, auto tiles) {
+    using T = decltype(element);
+    constexpr int kRowTiles = decltype(row_tiles)::value, kTiles = decltype(tiles)::value;
+    constexpr auto kKernel = bn_relu_conv1x1_kernel<T, kRowTiles, kTiles>;
+    allow_shared<kKernel>();
+    const int chunks = static_cast<int>(ceil_div(problem.channels, kChunk<T>));
+    const int64_t stage = kWeightStage<kTiles> + tiling.warps * 2 * kRowTiles * kWarp;
+    const int64_t bytes =
+        norm_floats(chunks, kChunk<T>) * sizeof(float) + kStages * stage * kPieceBytes;
+    kKernel<<<dim3(chunking.chunks, tiling.groups), tiling.warps * kWarp, bytes,
+              static_cast<cudaStream_t>(problem.stream)>>>(
+        sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight),
+        Rows<T>(z, 4), partial_mean, partial_m2);
+    check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
+  };
   dispatch_operand(problem.element, [&](auto element) {
-    dispatch_tiles(output_tiles(outputs), [&](auto tiles) {
-      using T = decltype(element);
-      constexpr int kTiles = decltype(tiles)::value;
-      const auto kernel = bn_relu_conv1x1_kernel<T, kTiles>;
-      const int chunks = static_cast<int>(ceil_div(problem.channels, kChunk<T>));
-      const int64_t stage = (kWeightStage<T, kTiles> + warps * 2 * kWarp) * kPieceBytes;
-      const int64_t bytes = norm_floats(chunks, kChunk<T>) * sizeof(float) + kStages * stage;
-      allow_shared(kernel, bytes);
-      kernel<<<chunking.chunks, warps * kWarp, bytes, static_cast<cudaStream_t>(problem.stream)>>>(
-          sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight),
-          Rows<T>(z, 4), partial_mean, partial_m2);
-      check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
+    dispatch_tiles(tiling.tiles, [&](auto tiles) {
+      if constexpr (decltype(tiles)::value <= 16) {
+        if (tiling.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tiles);
+      }
+      launch(element, std::integral_constant<int, 1>{}, tiles);
     });
   });
   if (moments == nullptr) return;

@@ -10,11 +10,11 @@
 //   ...            W of the 32 columns: shared memory, one copy for all warps of the block
 //
 // A warp owns 16 rows, so grad_z, x and G are read once and G is written once. Blocks split the
-// rows and, where these are few, the columns. Weights come by asynchronous copies, kStages - 1
-// groups of columns ahead; x and G are loaded before the products that hide their latency.
-// Sums: two rows per lane, then over the lanes of a column, the warps (in order, one group of
-// columns later, when a barrier is due anyway) and the block's tiles of rows in float; one partial
-// result per channel and block, merged in double by a second kernel. No atomics.
+// rows and, where these are few, the columns. Weights, x and G come by asynchronous copies, kStages
+// - 1 groups of columns ahead, also across tiles of rows. Sums: two rows per lane, then over the
+// lanes of a column, the warps (in order, one group of columns later, when a barrier is due anyway)
+// and the block's tiles of rows in float; one partial result per channel and block, merged in
+// double by a second kernel. No atomics.
 //
 // Bytes: x and grad_z once, G read and written (4 bytes each; the first reader only writes). W,
 // from the L2 cache, once per tile of rows. Operations: 2 M C N. Limit: memory. G alone is 8 bytes
@@ -36,6 +36,17 @@ template <typename T, int kTiles>
 constexpr int kChunks = (kTiles * kTileColumns + kChunk<T> - 1) / kChunk<T>;
 template <typename T, int kTiles>
 constexpr int kWeightStage = kChunks<T, kTiles> * kColumns * kPieces;
+
+// Of a group of columns, a lane owns four neighbours of each pair of tiles in rows g and g + 8; it
+// copies and reads its own x and G alone.
+template <typename T>
+constexpr int kOwnBytesX = 4 * sizeof(T);
+template <typename T>
+constexpr int kWarpBytes = 2 * kPairs * kWarp * (4 * sizeof(float) + kOwnBytesX<T>);
+
+// Copies under way: as many as leave shared memory for two blocks per multiprocessor.
+template <typename T>
+constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
 
 struct Sizes {
   int64_t rows, rows_per_block;
@@ -75,6 +86,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
                                       const __grid_constant__ Rows<const T> x, BatchNorm bn,
                                       const uint4* weight,
                                       const __grid_constant__ Rows<const T> grad_z,
+                                      const __grid_constant__ Rows<const float> before,
                                       const __grid_constant__ Rows<float> grad_features,
                                       bool first_reader, double* partial_dz,
                                       double* partial_dz_centred) {
@@ -99,22 +111,49 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   const int tile_rows = warps * kTileRows;
   const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * groups;
 
+  const int stage_pieces = kWeightStage_ + warps * kWarpBytes<T> / kPieceBytes;
+  const auto own_g = [&](uint4* stage, int pair, int half) {
+    return stage + kWeightStage_ + (warp * 2 * kPairs + 2 * pair + half) * kWarp + lane;
+  };
+  const auto own_x = [&](uint4* stage, int pair, int half) {
+    char* const all = reinterpret_cast<char*>(stage + kWeightStage_ + warps * 2 * kPairs * kWarp);
+    return all + ((warp * 2 * kPairs + 2 * pair + half) * kWarp + lane) * kOwnBytesX<T>;
+  };
+
   int copied = 0, copied_group = 0;
+  int64_t copied_row = begin + warp * kTileRows + g;
   const auto copy_next = [&] {
     if (copied < total) {
-      uint4* const stage = stages + copied % kStages * kWeightStage_;
+      uint4* const stage = stages + copied % kStages<T> * stage_pieces;
       const uint4* const from =
           weight + static_cast<int64_t>(first_group + copied_group) * kWeightStage_;
       for (int i = threadIdx.x; i < kWeightStage_; i += blockDim.x) {
         copy_async(stage + i, from + i);
       }
-      if (++copied_group == groups) copied_group = 0;
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int column =
+            first_channel + copied_group * kColumns + pair * 2 * kTileColumns + 4 * t;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t r = copied_row + half * 8;
+          const int64_t valid = r < end ? sizes.channels - column : 0;
+          copy_row<4>(own_x(stage, pair, half), x, r, column, valid);
+          if (!first_reader) {
+            copy_row<4>(own_g(stage, pair, half), before, r, column, valid);
+          }
+        }
+      }
+      if (++copied_group == groups) {
+        copied_group = 0;
+        copied_row += tile_rows;
+      }
     }
     ++copied;
     commit_copies();
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) copy_next();
+  for (int i = 0; i < kStages<T> - 1; ++i) copy_next();
   norm.load(bn, first_channel, columns, sizes.channels);
   for (int i = threadIdx.x; i < 2 * columns; i += blockDim.x) block_sums[i] = 0;
 
@@ -157,27 +196,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
         high[chunk] = operand(row + 8, chunk);
       }
     }
-    // Four columns of each pair of tiles, rows g and g + 8.
-    float x_values[kPairs][2][4], sums[kPairs][2][4];
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const int column = first_channel + group * kColumns + pair * 2 * kTileColumns + 4 * t;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t r = row + half * 8;
-        const int valid = r < end ? sizes.channels - column : 0;
-        const int64_t safe = r < end ? r : begin;
-        load_row(x_values[pair][half], x.at(safe, column), x.aligned, valid);
-        load_row(sums[pair][half], grad_features.at(safe, column), grad_features.aligned,
-                 first_reader ? 0 : valid);
-      }
-    }
-    wait_for_copies<kStages - 2>();
+    wait_for_copies<kStages<T> - 2>();
     __syncthreads();  // this stage is there, the one before is free, the sums of before are there
     copy_next();
     if (i > 0) add_warps(i - 1, group == 0 ? groups - 1 : group - 1);
 
-    const uint4* const stage = stages + i % kStages * kWeightStage_;
+    uint4* const stage = stages + i % kStages<T> * stage_pieces;
     float grad_a[kGroupTiles][4] = {};
 #pragma unroll
     for (int chunk = 0; chunk < kChunks_; ++chunk) {
@@ -201,20 +225,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
       norm.get(channels, own);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        const auto x_pack = *reinterpret_cast<const Pack<T, 4>*>(own_x(stage, pair, half));
+        Pack<float, 4> sums{};
+        if (!first_reader) {
+          sums = *reinterpret_cast<const Pack<float, 4>*>(own_g(stage, pair, half));
+        }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const float value = x_values[pair][half][k];
+          const float value = widen(x_pack.values[k]);
           const float dz =
               masked<T>(channels[k], value, grad_a[2 * pair + k / 2][2 * half + k % 2]);
           dz_sums[4 * pair + k] += dz;
           dz_centred_sums[4 * pair + k] =
               fma(dz, value - channels[k].mean, dz_centred_sums[4 * pair + k]);
-          sums[pair][half][k] = fma(channels[k].scale, dz, sums[pair][half][k]);
+          sums.values[k] = fma(channels[k].scale, dz, sums.values[k]);
         }
         const int64_t r = row + half * 8;
         if (r < end) {
-          store_row(grad_features.at(r, first_channel + own), sums[pair][half],
-                    grad_features.aligned, sizes.channels - first_channel - own);
+          store_row(grad_features.at(r, first_channel + own), sums.values, grad_features.aligned,
+                    sizes.channels - first_channel - own);
         }
       }
     }
@@ -272,20 +301,21 @@ void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, con
   double* const partial_dz = problem.workspace(2 * problem.channels * chunking.chunks);
   double* const partial_dz_centred = partial_dz + problem.channels * chunking.chunks;
   dispatch_operand(problem.element, [&](auto element) {
-    dispatch_tiles(output_tiles(outputs), [&](auto tiles) {
+    dispatch_tiles(tiles_for(outputs), [&](auto tiles) {
       using T = decltype(element);
       constexpr int kTiles = decltype(tiles)::value;
-      const auto kernel = bn_relu_conv1x1_grad_input_kernel<T, kTiles>;
+      constexpr auto kKernel = bn_relu_conv1x1_grad_input_kernel<T, kTiles>;
+      allow_shared<kKernel>();
       const int columns = geometry.groups_per_block * kColumns;
       const int64_t floats = SharedNorm::kNumbers * columns + sum_floats(columns, geometry.warps);
-      const int64_t bytes =
-          floats * sizeof(float) + kStages * kWeightStage<T, kTiles> * kPieceBytes;
-      allow_shared(kernel, bytes);
-      kernel<<<dim3(chunking.chunks, geometry.splits), geometry.warps * kWarp, bytes,
-               static_cast<cudaStream_t>(problem.stream)>>>(
+      const int64_t stage = kWeightStage<T, kTiles> * kPieceBytes + geometry.warps * kWarpBytes<T>;
+      const int64_t bytes = floats * sizeof(float) + kStages<T> * stage;
+      kKernel<<<dim3(chunking.chunks, geometry.splits), geometry.warps * kWarp, bytes,
+                static_cast<cudaStream_t>(problem.stream)>>>(
           sizes, Rows<const T>(problem.features[0].x, 4), bn, static_cast<const uint4*>(weight),
-          Rows<const T>(reader.grad_y), Rows<float>(reader.grad_features, 4), reader.first_reader,
-          partial_dz, partial_dz_centred);
+          Rows<const T>(reader.grad_y), Rows<const float>(reader.grad_features, 4),
+          Rows<float>(reader.grad_features, 4), reader.first_reader, partial_dz,
+          partial_dz_centred);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
     });
   });

@@ -24,6 +24,7 @@ namespace efficient_densenet::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kStages = 4;        // of copies under way
 constexpr int kColumns = 64;      // of C, per block
 constexpr int kWarpColumns = 32;  // per warp
 constexpr int kWarpTiles = kWarpColumns / kTileColumns;
@@ -136,14 +137,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
 #pragma unroll
       for (int k = 0; k < kOwnX; ++k) {
         const int r = own_row + k * kRowsApart;
-        copy_piece(x_stage(step) + r * S::kPitchX + own_column, x, first + r,
-                   first_channel + own_column,
-                   first + r < end ? sizes.channels - first_channel - own_column : 0);
+        copy_row<kPiece<T>>(x_stage(step) + r * S::kPitchX + own_column, x, first + r,
+                            first_channel + own_column,
+                            first + r < end ? sizes.channels - first_channel - own_column : 0);
       }
       for (int i = threadIdx.x; i < S::kRows * kPiecesZ; i += kThreads_) {
         const int r = i / kPiecesZ, n = i % kPiecesZ * kPiece<T>;
-        copy_piece(z_stage(step) + r * S::kPitchZ + n, grad_z, first + r, first_output + n,
-                   first + r < end ? sizes.outputs - first_output - n : 0);
+        copy_row<kPiece<T>>(z_stage(step) + r * S::kPitchZ + n, grad_z, first + r, first_output + n,
+                            first + r < end ? sizes.outputs - first_output - n : 0);
       }
     }
     commit_copies();
@@ -261,9 +262,9 @@ void bn_relu_conv1x1_grad_weight(const Problem& problem, const BatchNorm& bn, in
       const Sizes sizes{rows, steps_per_block * S::kRows, static_cast<int>(problem.channels),
                         static_cast<int>(outputs)};
       auto* const partial = reinterpret_cast<float*>(problem.workspace((parts * elements + 1) / 2));
-      const auto kernel = bn_relu_conv1x1_grad_weight_kernel<T, S::kOutputs>;
-      allow_shared(kernel, S::kBytes);
-      kernel<<<dim3(column_blocks, output_blocks, parts), kWarps * kWarp, S::kBytes, stream>>>(
+      constexpr auto kKernel = bn_relu_conv1x1_grad_weight_kernel<T, S::kOutputs>;
+      allow_shared<kKernel>();
+      kKernel<<<dim3(column_blocks, output_blocks, parts), kWarps * kWarp, S::kBytes, stream>>>(
           sizes, Rows<const T>(problem.features[0].x), bn, Rows<const T>(grad_z), partial);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_weight_kernel");
       add_grad_weight_kernel<<<ceil_div(elements, kThreads), kThreads, 0, stream>>>(

@@ -112,29 +112,35 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// First the mean over all chunks, then the squares about it: no division per chunk, and the loads
+// of a pass do not wait for one another.
 __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunking chunking,
                                      const double* partial_mean, const double* partial_m2,
                                      Statistics statistics) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
   if (c >= channels) return;
-  Moments<double, 1> moments;
-  for (int chunk = threadIdx.x; chunk < chunking.chunks; chunk += kWarp) {
+  const double* const means = partial_mean + c * chunking.chunks;
+  const double* const m2s = partial_m2 + c * chunking.chunks;
+  const auto count = [&](int chunk) {
     const int64_t begin = chunk * chunking.rows_per_chunk;
-    const int64_t i = c * chunking.chunks + chunk;
-    const int64_t count = min(chunking.rows_per_chunk, row_count - begin);
-    moments.merge(
-        static_cast<double>(count), [&](int) { return partial_mean[i]; },
-        [&](int) { return partial_m2[i]; });
-  }
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-    const double count = __shfl_down_sync(~0u, moments.count, half);
-    const double mean = __shfl_down_sync(~0u, moments.mean[0], half);
-    const double m2 = __shfl_down_sync(~0u, moments.m2[0], half);
-    moments.merge(count, [&](int) { return mean; }, [&](int) { return m2; });
-  }
+    return static_cast<double>(min(chunking.rows_per_chunk, row_count - begin));
+  };
+  const auto sum = [&](const auto& term) {
+    double total = 0;
+#pragma unroll 4
+    for (int chunk = threadIdx.x; chunk < chunking.chunks; chunk += kWarp) total += term(chunk);
+    for (int half = kWarp / 2; half > 0; half /= 2) total += __shfl_xor_sync(~0u, total, half);
+    return total;
+  };
+  const double first = means[0];  // sums relative to it keep the digits of a large mean
+  const double mean = first + sum([&](int i) { return count(i) * (means[i] - first); }) / row_count;
+  const double m2 = sum([&](int i) {
+    const double delta = means[i] - mean;
+    return fma(count(i) * delta, delta, m2s[i]);
+  });
   if (threadIdx.x != 0) return;
-  statistics.mean[c] = moments.mean[0];
-  statistics.var[c] = moments.m2[0] / moments.count;
+  statistics.mean[c] = mean;
+  statistics.var[c] = m2 / row_count;
 }
 
 }  // namespace

@@ -16,7 +16,9 @@
 // is column 4 t + 2 j + e of the pair, so that a lane's results are four neighbouring columns.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <iterator>
 
 #include "tile.cuh"
 
@@ -28,11 +30,9 @@
 namespace efficient_densenet::cuda {
 
 constexpr int kPieceBytes = 16;
-constexpr int kPieces = 4;                // of a chunk
-constexpr int kTileRows = 16;             // of a warp's mma
-constexpr int kTileColumns = 8;           // of one mma
-constexpr int kStages = 4;                // of copies under way
-constexpr int kDefaultShared = 48 << 10;  // bytes a kernel may have without asking
+constexpr int kPieces = 4;       // of a chunk
+constexpr int kTileRows = 16;    // of a warp's mma
+constexpr int kTileColumns = 8;  // of one mma
 
 template <typename T>
 constexpr int kPiece = kPieceBytes / sizeof(T);  // channels
@@ -117,11 +117,19 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, of which `count` are read and the others are 0.
-__device__ inline void copy_async(void* to, const void* from, int count = kPieceBytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(count)
-               : "memory");
+// 16 or 8 bytes from global to shared memory, of which `count` are read and the others are 0.
+template <int kBytes = kPieceBytes>
+__device__ void copy_async(void* to, const void* from, int count = kBytes) {
+  if constexpr (kBytes == kPieceBytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(count)
+                 : "memory");
+  } else {
+    static_assert(kBytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(count)
+                 : "memory");
+  }
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the `kPending` youngest groups of this thread have arrived.
@@ -150,36 +158,24 @@ struct Rows {
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
-// A piece into shared memory; elements from `valid` on are 0 and not read.
-template <typename T>
-__device__ void copy_piece(void* to, const Rows<const T>& rows, int64_t row, int64_t column,
-                           int64_t valid) {
-  const int count = static_cast<int>(max(int64_t(0), min(valid, int64_t(kPiece<T>))));
+// k elements of a row into shared memory; those from `valid` on are 0 and not read.
+template <int k, typename T>
+__device__ void copy_row(void* to, const Rows<const T>& rows, int64_t row, int64_t column,
+                         int64_t valid) {
+  const int count = static_cast<int>(max(int64_t(0), min(valid, int64_t(k))));
   const T* const from = count == 0 ? rows.data : rows.at(row, column);
-  if (rows.aligned) return copy_async(to, from, count * sizeof(T));
-  Piece<T> piece{};
+  if (rows.aligned) return copy_async<k * sizeof(T)>(to, from, count * sizeof(T));
+  Pack<T, k> pack{};
 #pragma unroll
-  for (int i = 0; i < kPiece<T>; ++i) {
-    if (i < count) piece.values[i] = from[i];
+  for (int i = 0; i < k; ++i) {
+    if (i < count) pack.values[i] = from[i];
   }
-  *static_cast<Piece<T>*>(to) = piece;
+  *static_cast<Pack<T, k>*>(to) = pack;
 }
 
 #endif
 
-// Up to k elements of a row, widened; those from `valid` on are 0 and not read.
-template <int k, typename T>
-__device__ void load_row(float (&values)[k], const T* from, bool aligned, int64_t valid) {
-  if (aligned && valid >= k) {
-    const auto pack = *reinterpret_cast<const Pack<T, k>*>(from);
-#pragma unroll
-    for (int i = 0; i < k; ++i) values[i] = widen(pack.values[i]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < k; ++i) values[i] = i < valid ? widen(from[i]) : 0.0f;
-}
-
+// The first `valid` of k elements of a row.
 template <int k, typename T>
 __device__ void store_row(T* to, const float (&values)[k], bool aligned, int64_t valid) {
   if (aligned && valid >= k) {
@@ -206,12 +202,22 @@ struct SharedNorm {
 
   // Of the channels [first, first + count), 0 from `channels` on. The caller synchronises.
   __device__ void load(const BatchNorm& bn, int64_t first, int count, int64_t channels) const {
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      Channel<float> channel{};
-      if (first + i < channels) channel = Channel<float>::load(bn, first + i);
-      mean[i] = channel.mean;
-      scale[i] = channel.scale;
-      bias[i] = channel.bias;
+    constexpr int kAtOnce = 4;  // loads under way per thread
+    for (int i = threadIdx.x; i < count; i += kAtOnce * blockDim.x) {
+      Channel<float> loaded[kAtOnce] = {};
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t c = first + i + k * static_cast<int64_t>(blockDim.x);
+        if (c < channels) loaded[k] = Channel<float>::load(bn, c);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int at = i + k * blockDim.x;
+        if (at >= count) break;
+        mean[at] = loaded[k].mean;
+        scale[at] = loaded[k].scale;
+        bias[at] = loaded[k].bias;
+      }
     }
   }
 
@@ -247,31 +253,24 @@ __device__ Piece<T> normalised(const Piece<T>& x, const Channel<float> (&channel
 // ---------------------------------------------------------------------------------------------
 // Host side
 
-// Tiles of 8 columns that a row of N outputs is computed as: an even number, among the few that
-// kernels exist for.
-inline int output_tiles(int64_t outputs) {
-  for (const int tiles : {6, 8, 12, 16, 24}) {
+// Numbers of tiles of 8 columns that kernels exist for; even, for pairs.
+constexpr int kTileCounts[] = {4, 6, 8, 12, 16, 24, 32};
+
+// The fewest that hold so many outputs.
+inline int tiles_for(int64_t outputs) {
+  for (const int tiles : kTileCounts) {
     if (tiles * kTileColumns >= outputs) return tiles;
   }
-  return kMaxConv1x1Outputs / kTileColumns;
+  fail("efficient_densenet", "tensor-core kernels: too many outputs: ", outputs);
 }
 
-// Calls body(T, tiles) with both as types.
-template <typename Body>
+// Calls body(tiles) with one of kTileCounts as a type.
+template <int kIndex = 0, typename Body>
 void dispatch_tiles(int tiles, const Body& body) {
-  switch (tiles) {
-    case 6:
-      return body(std::integral_constant<int, 6>{});
-    case 8:
-      return body(std::integral_constant<int, 8>{});
-    case 12:
-      return body(std::integral_constant<int, 12>{});
-    case 16:
-      return body(std::integral_constant<int, 16>{});
-    case 24:
-      return body(std::integral_constant<int, 24>{});
-    default:
-      return body(std::integral_constant<int, kMaxConv1x1Outputs / kTileColumns>{});
+  if constexpr (kIndex < std::size(kTileCounts)) {
+    constexpr int kTiles = kTileCounts[kIndex];
+    if (tiles == kTiles) return body(std::integral_constant<int, kTiles>{});
+    dispatch_tiles<kIndex + 1>(tiles, body);
   }
 }
 
@@ -289,12 +288,22 @@ void dispatch_operand(Element element, const Body& body) {
   }
 }
 
-template <typename Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  if (bytes <= kDefaultShared) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
+// Lets a kernel have all the shared memory that a block can; asked once per kernel and device.
+template <auto kKernel>
+void allow_shared() {
+  static std::atomic<uint64_t> allowed{0};  // one bit per device; beyond 64, asked every time
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  if (allowed.load() & bit) return;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kKernel), "cudaFuncGetAttributes");
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - static_cast<int>(attributes.sharedSizeBytes)),
         "cudaFuncSetAttribute");
+  allowed |= bit;
 }
 
 }  // namespace efficient_densenet::cuda
