@@ -252,8 +252,8 @@ def test_tf32_rounds_operands_to_nearest():
     a, w, dz = as_tf32(p.y().clamp_min(0)), as_tf32(p.conv1.double()), as_tf32(p.grad_z.double())
     ours = forward(p) | backward(p)
     # A result of float32 next to a tie is rounded to the other side now and then.
-    assert relative_error(ours["z"], a @ w.T) < 1e-5
-    assert relative_error(ours["grad_conv1"], dz.T @ a) < 1e-5
+    assert relative_error(ours["z"], a @ w.T) < 2e-5  # rounded downwards it would be 4e-4
+    assert relative_error(ours["grad_conv1"], dz.T @ a) < 2e-5
     inverse_std = 1 / (p.var + BN_EPS).sqrt()
     expected = p.grad_features + inverse_std * p.weight * (dz @ w) * (p.y() > 0)
     assert relative_error(ours["G"], expected) < 1e-6

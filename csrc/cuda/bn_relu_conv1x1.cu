@@ -86,7 +86,7 @@ __host__ __device__ inline int norm_floats(int chunks, int chunk) {
 
 // A block of so many warps leaves its accumulators enough registers twice, or once.
 constexpr int blocks_per_multiprocessor(int row_tiles, int tiles) {
-  return row_tiles * tiles <= 16 ? 2 : 1;
+  return row_tiles * tiles <= 12 ? 2 : 1;
 }
 
 // A warp's tile: kRowTiles times 16 rows, kTiles times 8 columns.
@@ -117,23 +117,28 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   // The next chunk to copy: its number, place in C and the lane's first row; its rows are 8 apart.
   int copied = 0, copied_chunk = 0;
   int64_t copied_row = begin + warp * kRowTiles * kTileRows + g;
+  const T* from_x = x.at(copied_row, t * kPiece<T>);
+  const uint4* from_weight = weight;
   const auto copy_next = [&] {
     if (copied < total) {
       uint4* const stage = stages + copied % kStages * stage_pieces;
-      const uint4* const from = weight + copied_chunk * kWeightStage<kTiles>;
       for (int i = threadIdx.x; i < kWeightStage<kTiles>; i += blockDim.x) {
-        copy_async(stage + i, from + i);
+        copy_async(stage + i, from_weight + i);
       }
-      const int column = copied_chunk * kChunk<T> + t * kPiece<T>;
+      const int count =
+          count_before<kPiece<T>>(sizes.channels, copied_chunk * kChunk<T> + t * kPiece<T>);
 #pragma unroll
       for (int r = 0; r < kOwnRows; ++r) {
-        const int64_t row = copied_row + r * 8;
-        copy_row<kPiece<T>>(stage + own_x + r * kWarp, x, row, column,
-                            row < end ? sizes.channels - column : 0);
+        copy_row<kPiece<T>>(stage + own_x + r * kWarp, from_x + r * 8 * x.stride, x.aligned,
+                            copied_row + r * 8 < end ? count : 0);
       }
+      from_x += kChunk<T>;
+      from_weight += kWeightStage<kTiles>;
       if (++copied_chunk == chunks) {
         copied_chunk = 0;
         copied_row += tile_rows;
+        from_x = x.at(copied_row, t * kPiece<T>);
+        from_weight = weight;
       }
     }
     ++copied;
@@ -160,8 +165,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     uint4 a[kOwnRows];
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
-      const uint4 piece = stage[own_x + r * kWarp];
-      a[r] = bits<T>(normalised<T>(*reinterpret_cast<const Piece<T>*>(&piece), channels));
+      a[r] = normalised<T>(stage[own_x + r * kWarp], channels);
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -180,40 +184,41 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     Tile_ tile;
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) tile.count += row + r * 8 < end;
+    const bool full = __all_sync(~0u, tile.count == kOwnRows);
     const float share = 1 / fmaxf(tile.count, 1);
+    T* const to = z.at(row, first_output + 4 * t);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const int column = first_output + pair * 2 * kTileColumns + 4 * t;
-      float values[kOwnRows][4];
+      const int place = pair * 2 * kTileColumns;
+      const int count = count_before<4>(sizes.outputs, first_output + place + 4 * t);
+      Pack<T, 4> values[kOwnRows];
 #pragma unroll
       for (int r = 0; r < kOwnRows; ++r) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          values[r][k] = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
+          values[r].values[k] = narrow<T>(sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2]);
         }
-        if (row + r * 8 < end) {
-          store_row(z.at(row + r * 8, column), values[r], z.aligned, sizes.outputs - column);
+        if (full || row + r * 8 < end) {
+          store_row(to + r * 8 * z.stride + place, values[r], z.aligned, count);
+        } else {
+          values[r] = r == 0 ? Pack<T, 4>{} : values[0];  // which adds nothing below
         }
       }
       if (partial_mean == nullptr) continue;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        // As stored, relative to the first row; rows behind the end count as that one.
-        const float first = widen(narrow<T>(values[0][k]));
-        float sum = 0, mean, &m2 = tile.m2[4 * pair + k];
+        // As stored. Relative to the first of so few rows, the squares' sum loses no digits.
+        const float first = widen(values[0].values[k]);
+        float sum = 0, squares = 0;
 #pragma unroll
         for (int r = 1; r < kOwnRows; ++r) {
-          values[r][k] = row + r * 8 < end ? widen(narrow<T>(values[r][k])) - first : 0;
-          sum += values[r][k];
+          const float delta = widen(values[r].values[k]) - first;
+          sum += delta;
+          squares = fma(delta, delta, squares);
         }
-        mean = sum * share;
-        m2 = tile.count > 0 ? mean * mean : 0;
-#pragma unroll
-        for (int r = 1; r < kOwnRows; ++r) {
-          const float centred = row + r * 8 < end ? values[r][k] - mean : 0;
-          m2 = fma(centred, centred, m2);
-        }
-        tile.mean[4 * pair + k] = tile.count > 0 ? first + mean : 0;
+        const float mean = sum * share;
+        tile.mean[4 * pair + k] = first + mean;
+        tile.m2[4 * pair + k] = fma(-mean, sum, squares);
       }
     }
     if (partial_mean != nullptr) {
@@ -272,8 +277,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
 // chip, groups of columns give more of them.
 //
 //   rows             rows of a warp   warps of a block   groups of columns
-//   32,768 or more   32 (N <= 128)    8                  1
-//   16,384 or more   16               4                  1
+//   32,768 or more   32 (N <= 128)    4                  1
+//   16,384 or more   16               8                  1
 //   fewer            16               4                  2 or 4, of at least 32 columns
 struct Tiling {
   int row_tiles, warps, tiles, groups;
@@ -285,7 +290,7 @@ struct Tiling {
     while (rows * groups < 16384 && groups < 4 && outputs > 2 * groups * 16) groups *= 2;
     tiles = tiles_for(ceil_div(outputs, groups));
     row_tiles = many && tiles <= 16 ? 2 : 1;
-    warps = many ? kMaxWarps : kMaxWarps / 2;
+    warps = many || rows < 16384 ? 4 : kMaxWarps;
     const int64_t tile = warps * row_tiles * kTileRows, row_tiles_all = ceil_div(rows, tile);
     const int64_t rows_per_block = ceil_div(row_tiles_all, kBlocks) * tile;
     chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};

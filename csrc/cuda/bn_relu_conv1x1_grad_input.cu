@@ -122,31 +122,41 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
 
   int copied = 0, copied_group = 0;
   int64_t copied_row = begin + warp * kTileRows + g;
+  const uint4* const first_weight = weight + static_cast<int64_t>(first_group) * kWeightStage_;
+  const uint4* from_weight = first_weight;
+  const T* from_x = x.at(copied_row, first_channel + 4 * t);
+  const float* from_g = before.at(copied_row, first_channel + 4 * t);
   const auto copy_next = [&] {
     if (copied < total) {
       uint4* const stage = stages + copied % kStages<T> * stage_pieces;
-      const uint4* const from =
-          weight + static_cast<int64_t>(first_group + copied_group) * kWeightStage_;
       for (int i = threadIdx.x; i < kWeightStage_; i += blockDim.x) {
-        copy_async(stage + i, from + i);
+        copy_async(stage + i, from_weight + i);
       }
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
-        const int column =
-            first_channel + copied_group * kColumns + pair * 2 * kTileColumns + 4 * t;
+        const int place = pair * 2 * kTileColumns;
+        const int count = count_before<4>(sizes.channels,
+                                          first_channel + copied_group * kColumns + place + 4 * t);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t r = copied_row + half * 8;
-          const int64_t valid = r < end ? sizes.channels - column : 0;
-          copy_row<4>(own_x(stage, pair, half), x, r, column, valid);
+          const int valid = copied_row + half * 8 < end ? count : 0;
+          copy_row<4>(own_x(stage, pair, half), from_x + half * 8 * x.stride + place, x.aligned,
+                      valid);
           if (!first_reader) {
-            copy_row<4>(own_g(stage, pair, half), before, r, column, valid);
+            copy_row<4>(own_g(stage, pair, half), from_g + half * 8 * before.stride + place,
+                        before.aligned, valid);
           }
         }
       }
+      from_weight += kWeightStage_;
+      from_x += kColumns;
+      from_g += kColumns;
       if (++copied_group == groups) {
         copied_group = 0;
         copied_row += tile_rows;
+        from_weight = first_weight;
+        from_x = x.at(copied_row, first_channel + 4 * t);
+        from_g = before.at(copied_row, first_channel + 4 * t);
       }
     }
     ++copied;
@@ -217,6 +227,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
       }
     }
 
+    float* const to = grad_features.at(row, first_channel + group * kColumns + 4 * t);
     float dz_sums[4 * kPairs] = {}, dz_centred_sums[4 * kPairs] = {};
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
@@ -240,18 +251,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
               fma(dz, value - channels[k].mean, dz_centred_sums[4 * pair + k]);
           sums.values[k] = fma(channels[k].scale, dz, sums.values[k]);
         }
-        const int64_t r = row + half * 8;
-        if (r < end) {
-          store_row(grad_features.at(r, first_channel + own), sums.values, grad_features.aligned,
-                    sizes.channels - first_channel - own);
+        if (row + half * 8 < end) {
+          store_row(to + half * 8 * grad_features.stride + pair * 2 * kTileColumns, sums,
+                    grad_features.aligned, count_before<4>(sizes.channels, first_channel + own));
         }
       }
     }
     const int place = add_lanes(dz_sums, dz_centred_sums);
     const int column = place / 4 * 2 * kTileColumns + 4 * t + place % 4;
-    float* const to = warp_sums + ((i % 2 * warps + warp) * kColumns + column) * 2;
-    to[0] = dz_sums[0];
-    to[1] = dz_centred_sums[0];
+    float* const sum = warp_sums + ((i % 2 * warps + warp) * kColumns + column) * 2;
+    sum[0] = dz_sums[0];
+    sum[1] = dz_centred_sums[0];
     if (++group == groups) {
       group = 0;
       row += tile_rows;

@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   // The thread's pieces of x are of the same channels in every step.
   const int own_column = threadIdx.x % kPiecesX * kPiece<T>;
   const int own_row = threadIdx.x / kPiecesX;
+  const int count_x = count_before<kPiece<T>>(sizes.channels, first_channel + own_column);
   constexpr int kRowsApart = kThreads_ / kPiecesX;
   Channel<float> channels[kPiece<T>];
 #pragma unroll
@@ -134,17 +135,21 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const auto copy = [&](int step) {
     if (step < total) {
       const int64_t first = begin + static_cast<int64_t>(step) * S::kRows;
+      const int rows = static_cast<int>(min(end - first, int64_t(S::kRows)));
+      const T* const from_x = x.at(first + own_row, first_channel + own_column);
 #pragma unroll
       for (int k = 0; k < kOwnX; ++k) {
         const int r = own_row + k * kRowsApart;
-        copy_row<kPiece<T>>(x_stage(step) + r * S::kPitchX + own_column, x, first + r,
-                            first_channel + own_column,
-                            first + r < end ? sizes.channels - first_channel - own_column : 0);
+        copy_row<kPiece<T>>(x_stage(step) + r * S::kPitchX + own_column,
+                            from_x + k * kRowsApart * x.stride, x.aligned, r < rows ? count_x : 0);
       }
+      const T* const from_z = grad_z.at(first, first_output);
+#pragma unroll
       for (int i = threadIdx.x; i < S::kRows * kPiecesZ; i += kThreads_) {
         const int r = i / kPiecesZ, n = i % kPiecesZ * kPiece<T>;
-        copy_row<kPiece<T>>(z_stage(step) + r * S::kPitchZ + n, grad_z, first + r, first_output + n,
-                            first + r < end ? sizes.outputs - first_output - n : 0);
+        const int count = r < rows ? count_before<kPiece<T>>(sizes.outputs, first_output + n) : 0;
+        copy_row<kPiece<T>>(z_stage(step) + r * S::kPitchZ + n, from_z + r * grad_z.stride + n,
+                            grad_z.aligned, count);
       }
     }
     commit_copies();
@@ -153,7 +158,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     if (step >= total) return;
 #pragma unroll
     for (int k = 0; k < kOwnX; ++k) {
-      auto* const piece = reinterpret_cast<Piece<T>*>(
+      auto* const piece = reinterpret_cast<uint4*>(
           x_stage(step) + (own_row + k * kRowsApart) * S::kPitchX + own_column);
       *piece = normalised<T>(*piece, channels);
     }

@@ -56,7 +56,7 @@ __device__ uint4 bits(const Piece<T>& piece) {
   return *reinterpret_cast<const uint4*>(&piece);
 }
 
-// As an operand of the mma: TF32 keeps 10 bits of the fraction, rounded to nearest.
+// As an operand of the mma. TF32 keeps 10 bits of the fraction, rounded to nearest.
 __device__ inline float to_operand(float x) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   uint32_t rounded;
@@ -158,13 +158,10 @@ struct Rows {
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
-// k elements of a row into shared memory; those from `valid` on are 0 and not read.
+// k elements of a row into shared memory; those from `count` on are 0 and not read.
 template <int k, typename T>
-__device__ void copy_row(void* to, const Rows<const T>& rows, int64_t row, int64_t column,
-                         int64_t valid) {
-  const int count = static_cast<int>(max(int64_t(0), min(valid, int64_t(k))));
-  const T* const from = count == 0 ? rows.data : rows.at(row, column);
-  if (rows.aligned) return copy_async<k * sizeof(T)>(to, from, count * sizeof(T));
+__device__ __forceinline__ void copy_row(void* to, const T* from, bool aligned, int count) {
+  if (aligned) return copy_async<k * sizeof(T)>(to, from, count * static_cast<int>(sizeof(T)));
   Pack<T, k> pack{};
 #pragma unroll
   for (int i = 0; i < k; ++i) {
@@ -175,19 +172,21 @@ __device__ void copy_row(void* to, const Rows<const T>& rows, int64_t row, int64
 
 #endif
 
-// The first `valid` of k elements of a row.
+// How many of k elements lie before `end`.
+template <int k>
+__device__ int count_before(int end, int first) {
+  return min(max(end - first, 0), k);
+}
+
 template <int k, typename T>
-__device__ void store_row(T* to, const float (&values)[k], bool aligned, int64_t valid) {
-  if (aligned && valid >= k) {
-    Pack<T, k> pack;
-#pragma unroll
-    for (int i = 0; i < k; ++i) pack.values[i] = narrow<T>(values[i]);
+__device__ __forceinline__ void store_row(T* to, const Pack<T, k>& pack, bool aligned, int count) {
+  if (aligned && count == k) {
     *reinterpret_cast<Pack<T, k>*>(to) = pack;
     return;
   }
 #pragma unroll
   for (int i = 0; i < k; ++i) {
-    if (i < valid) to[i] = narrow<T>(values[i]);
+    if (i < count) to[i] = pack.values[i];
   }
 }
 
@@ -239,15 +238,34 @@ struct SharedNorm {
   }
 };
 
+// relu of two numbers, rounded to the operands' type, side by side. NaN passes.
+template <typename T>
+__device__ uint32_t relu_operands(float first, float second) {
+  uint32_t both = 0;
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  }
+#endif
+  return both;
+}
+
 // relu(bn(x)) of a piece, as an operand.
 template <typename T>
-__device__ Piece<T> normalised(const Piece<T>& x, const Channel<float> (&channels)[kPiece<T>]) {
-  Piece<T> a;
+__device__ uint4 normalised(const uint4& x_bits, const Channel<float> (&channels)[kPiece<T>]) {
+  const Piece<T> x = *reinterpret_cast<const Piece<T>*>(&x_bits);
+  float y[kPiece<T>];
 #pragma unroll
-  for (int i = 0; i < kPiece<T>; ++i) {
-    a.values[i] = to_operand(narrow<T>(relu(channels[i].normalise(widen(x.values[i])))));
+  for (int i = 0; i < kPiece<T>; ++i) y[i] = channels[i].normalise(widen(x.values[i]));
+  if constexpr (sizeof(T) == 2) {
+    return {relu_operands<T>(y[0], y[1]), relu_operands<T>(y[2], y[3]),
+            relu_operands<T>(y[4], y[5]), relu_operands<T>(y[6], y[7])};
+  } else {
+    const auto operand = [](float value) { return __float_as_uint(to_operand(relu(value))); };
+    return {operand(y[0]), operand(y[1]), operand(y[2]), operand(y[3])};
   }
-  return a;
 }
 
 // ---------------------------------------------------------------------------------------------
