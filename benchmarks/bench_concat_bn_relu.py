@@ -34,6 +34,7 @@ from triton.testing import do_bench
 
 import efficient_densenet
 from checkpointed import checkpointed_densenet
+from common import copy_bandwidth
 from efficient_densenet import DenseNet, SharedStorage, concat_bn_relu
 
 OPS = torch.ops.efficient_densenet
@@ -81,13 +82,6 @@ PROBLEMS = [
 
 def median_ms(function: Callable[[], object]) -> float:
     return do_bench(function, warmup=10, rep=60, return_mode="median")
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a device copy of 2 GB."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (median_ms(lambda: target.copy_(source)) / 1e3)
 
 
 def plain(features: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:

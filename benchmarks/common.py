@@ -78,6 +78,16 @@ def peak_activation_bytes(step: TrainStep) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a device copy of 2 GB."""
+    from triton.testing import do_bench  # comes with torch builds for CUDA only
+
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    ms = do_bench(lambda: target.copy_(source), warmup=10, rep=60, return_mode="median")
+    return 2 * source.nbytes / (ms / 1e3)
+
+
 def set_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed

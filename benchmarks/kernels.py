@@ -32,10 +32,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import DeviceType
-from triton.testing import do_bench
 
 import efficient_densenet  # noqa: F401  registers the operators
-from common import RESULTS, markdown_table, origin, origin_lines, positive, set_tf32
+from common import (
+    RESULTS,
+    copy_bandwidth,
+    markdown_table,
+    origin,
+    origin_lines,
+    positive,
+    set_tf32,
+)
 
 OPS = torch.ops.efficient_densenet
 BATCH = 64
@@ -107,13 +114,23 @@ class Operands:
     def norm(self) -> tuple:
         return self.mean, self.var, self.weight, self.bias, EPS
 
-    def run(self, first_reader: bool = False) -> None:
-        G = self.grad_features[:, : self.layer.channels]
+    def forward(self) -> None:
         OPS.bn_relu_conv1x1(self.x, *self.norm(), self.conv1, self.z, self.moments)
+
+    def backward(self, grad_conv1: Tensor | None, first_reader: bool = False) -> None:
         OPS.bn_relu_conv1x1_backward(
-            self.grad_z, self.x, *self.norm(), self.conv1, G, self.grad_affine, self.correction,
-            first_reader, True, self.grad_conv1,
+            self.grad_z, self.x, *self.norm(), self.conv1,
+            self.grad_features[:, : self.layer.channels], self.grad_affine, self.correction,
+            first_reader, True, grad_conv1,
         )  # fmt: skip
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """Calls in which the kernels of each part come first, and so find a cold cache."""
+        return {
+            "forward": self.forward,
+            "grad input": lambda: self.backward(None),
+            "grad weight": lambda: self.backward(self.grad_conv1),
+        }
 
 
 class Plain:
@@ -182,14 +199,15 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 def check(operands: Operands, plain: Plain, dtype: torch.dtype) -> None:
     """Exits where a result is not PyTorch's; bounds are a few times the rounding of operands."""
-    operands.run(first_reader=True)
+    operands.forward()
+    operands.backward(operands.grad_conv1, first_reader=True)
     z = plain.forward().movedim(1, -1).reshape(operands.z.shape)
     gradients = plain.backward()
     pairs = {"z": (operands.z, z), "grad weight": (operands.grad_conv1, gradients[-1][:, :, 0, 0])}
     pairs["grad bias"] = operands.grad_affine[1], gradients[-2]
     for name, (value, expected) in pairs.items():
         error = relative_error(value, expected)
-        limit = 3e-3 if dtype == torch.float32 else 3e-2
+        limit = 5e-3 if dtype == torch.float32 else 5e-2
         if not error <= limit:
             sys.exit(f"{operands.layer}: {name} differs from PyTorch's by {error:.1e}; not timed")
 
@@ -199,9 +217,9 @@ def measure(layer: Layer, dtype: torch.dtype, bandwidth: float, repeats: int) ->
     operands = Operands(layer, dtype)
     plain = Plain(operands)
     check(operands, plain, dtype)
-    times = kernel_times(operands.run, repeats)
     row = dataclasses.asdict(layer) | {"dtype": str(dtype)[6:], "rows": layer.rows}
-    for part, kernels in PARTS.items():
+    for part, call in operands.parts().items():
+        kernels, times = PARTS[part], kernel_times(call, repeats)
         us = total_us(times, kernels)
         share = layer.nbytes(part, dtype) / (us / 1e6) / bandwidth
         row[part] = {"us": us, "bytes": layer.nbytes(part, dtype), "share of copy": share}
@@ -225,14 +243,6 @@ def table(rows: list[dict]) -> str:
                 line.append(f"{row['torch forward us']:.1f}")
         cells.append([*line, f"{row['torch backward us']:.1f}"])
     return markdown_table(columns, cells)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a device copy of 2 GB."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    ms = do_bench(lambda: target.copy_(source), warmup=10, rep=60, return_mode="median")
-    return 2 * source.nbytes / (ms / 1e3)
 
 
 def main(arguments: list[str]) -> int:

@@ -15,8 +15,7 @@
 
 namespace efficient_densenet {
 
-constexpr int64_t kMaxConv1x1Outputs = 256;    // what a warp's registers hold of a row of z
-constexpr int64_t kMaxConv1x1Channels = 8192;  // what shared memory holds of batch norm's numbers
+constexpr int64_t kMaxConv1x1Outputs = 256;  // what a warp's registers hold of a row of z
 
 // W as the kernels read it: cut into the pieces that the lanes of a warp hold, padded by zeros.
 enum class WeightLayout { kForward, kGradInput };
@@ -30,7 +29,10 @@ struct Conv1x1Weights {
 namespace cuda {
 
 // Empty, or why the kernels cannot run on a device.
-std::string why_no_tensor_cores(int device_index);
+std::string why_no_tensor_cores(int device_index, Element element, int64_t outputs,
+                                int64_t channels);
+// For tests: as on a device whose blocks have no more shared memory. 0 ends that.
+void limit_shared_memory(int64_t bytes);
 
 // Bytes of one packed weight [outputs, channels] for M rows: the layout depends on how many.
 int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t rows, int64_t outputs,

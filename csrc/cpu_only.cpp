@@ -34,7 +34,8 @@ void dense_block_pool(const Problem&, const BatchNorm&, const Pooling&, const Vi
 void update_running_statistics(const std::vector<RunningStatistics>&, int64_t, void*) {
   fail_without_cuda();
 }
-std::string why_no_tensor_cores(int) { return "this build is CPU only"; }
+std::string why_no_tensor_cores(int, Element, int64_t, int64_t) { return "this build is CPU only"; }
+void limit_shared_memory(int64_t) { fail_without_cuda(); }
 int64_t packed_conv1x1_bytes(Element, WeightLayout, int64_t, int64_t, int64_t) {
   fail_without_cuda();
 }

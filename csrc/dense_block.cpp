@@ -240,12 +240,10 @@ Block::Block(const Arguments& arguments)
 }
 
 void Block::check_tensor_cores() const {
-  check(!launch_.is_cpu() && !is_double(element_), arguments_,
-        "conv1x1: tensor cores need CUDA and float32, float16 or bfloat16");
-  check(bottleneck_ <= kMaxConv1x1Outputs && channels_ <= kMaxConv1x1Channels, arguments_,
-        "conv1x1: too many channels for the tensor-core kernels");
-  const std::string why = cuda::why_no_tensor_cores(device_.index());
-  EFFICIENT_DENSENET_CHECK(why.empty(), arguments_.op, "conv1x1: ", why);
+  check(!launch_.is_cpu(), arguments_, "conv1x1: tensor cores need CUDA tensors");
+  const std::string why =
+      cuda::why_no_tensor_cores(device_.index(), element_, bottleneck_, channels_);
+  EFFICIENT_DENSENET_CHECK(why.empty(), arguments_.op, "conv1x1: no tensor cores: ", why);
 }
 
 void Block::add_norm(int64_t channels, double* mean, double* var) {

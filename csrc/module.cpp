@@ -30,12 +30,21 @@ py::dict build_info() {
   return info;
 }
 
+// `itemsize` is that of the dtype; both of 16 bits have the same limits.
+std::string why_no_tensor_cores(int device_index, int itemsize, int64_t outputs, int64_t channels) {
+  using efficient_densenet::Element;
+  const Element element = itemsize == 8   ? Element::kDouble
+                          : itemsize == 4 ? Element::kFloat
+                                          : Element::kBFloat16;
+  return efficient_densenet::cuda::why_no_tensor_cores(device_index, element, outputs, channels);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "How this module was built.");
-  module.def("why_no_tensor_cores", &efficient_densenet::cuda::why_no_tensor_cores,
+  module.def("why_no_tensor_cores", &why_no_tensor_cores,
              "Empty, or why the tensor-core kernels cannot run on a CUDA device.");
-  module.attr("MAX_CONV1X1_OUTPUTS") = efficient_densenet::kMaxConv1x1Outputs;
-  module.attr("MAX_CONV1X1_CHANNELS") = efficient_densenet::kMaxConv1x1Channels;
+  module.def("limit_shared_memory", &efficient_densenet::cuda::limit_shared_memory,
+             "For tests: as on a device with less shared memory, in bytes; 0 ends that.");
 }

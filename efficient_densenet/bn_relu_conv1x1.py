@@ -35,15 +35,10 @@ def why_not_tensor_cores(
     """
     if device.type != "cuda":
         return f"the features are on {device.type}"
-    if dtype == torch.float64:
-        return "there are no float64 tensor-core kernels"
     if dtype == torch.float32 and _fp32_precision("cuda", "conv") != "tf32":
         return "TF32 is off for convolutions"
-    if bottleneck > _C.MAX_CONV1X1_OUTPUTS:
-        return f"the bottleneck has {bottleneck} channels, more than {_C.MAX_CONV1X1_OUTPUTS}"
-    if channels > _C.MAX_CONV1X1_CHANNELS:
-        return f"the block has {channels} channels, more than {_C.MAX_CONV1X1_CHANNELS}"
-    return _why_not_on_device(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _why_not_on_device(index, dtype.itemsize, bottleneck, channels)
 
 
 def choose_conv1x1(
@@ -56,8 +51,8 @@ def choose_conv1x1(
 
 
 @functools.cache
-def _why_not_on_device(index: int) -> str | None:
-    return _C.why_no_tensor_cores(index) or None
+def _why_not_on_device(index: int, itemsize: int, bottleneck: int, channels: int) -> str | None:
+    return _C.why_no_tensor_cores(index, itemsize, bottleneck, channels) or None
 
 
 def _products_are_as_convolutions(device: torch.device, dtype: torch.dtype) -> bool:

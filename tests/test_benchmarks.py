@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import kernels  # noqa: E402
 import memory_vs_depth  # noqa: E402
 import train_step  # noqa: E402
 from memory_vs_depth import Fit  # noqa: E402
@@ -45,6 +46,38 @@ def tiny(monkeypatch):
         )
 
     return job
+
+
+# --------------------------------------------------------------------------------------- kernels
+
+
+def test_bytes_of_a_layer():
+    """Counted by hand: 64 images of 2 x 2, 3 channels to 5."""
+    layer = kernels.Layer("tiny", 1, 2, channels=3, total=8, outputs=5)
+    x, z, w = 256 * 3, 256 * 5, 15
+    assert layer.nbytes("forward", torch.bfloat16) == 2 * (x + z + w)
+    assert layer.nbytes("grad input", torch.float32) == 4 * (x + z + w) + 8 * x
+    assert layer.nbytes("grad weight", torch.float32) == 4 * (x + z + w) + 4 * w
+
+
+def test_table_of_kernels():
+    row = {"network": "tiny", "block": 1, "dtype": "float32", "rows": 256, "channels": 3}
+    row |= {"outputs": 5, "torch forward us": 30.0, "torch backward us": 60.0}
+    row |= {part: {"us": 10.0, "share of copy": 0.5} for part in kernels.PARTS}
+    lines = kernels.table([row]).splitlines()
+    assert [cell.strip() for cell in lines[2].strip("|").split(" | ")] == [
+        *("tiny block 1", "float32", "256", "3", "5"),
+        *("10.0", "50%", "30.0", "10.0", "50%", "10.0", "50%", "60.0"),
+    ]
+
+
+@requires_cuda
+def test_a_layer_is_measured():
+    layer = kernels.Layer("tiny", 1, 8, channels=36, total=48, outputs=24)
+    row = kernels.measure(layer, torch.bfloat16, bandwidth=3e12, repeats=2)
+    for part, names in kernels.PARTS.items():
+        assert row[part]["us"] > 0 and all(row[part]["kernels"][name] > 0 for name in names)
+    assert row["torch forward us"] > 0 and row["torch backward us"] > 0
 
 
 # ------------------------------------------------------------------------------------ train_step

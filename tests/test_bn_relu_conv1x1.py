@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from block_reference import block_errors, make_block_problem, run
 from efficient_densenet import DenseBlock, DenseNet, dense_block
+from efficient_densenet._extension import _C
 from efficient_densenet.bn_relu_conv1x1 import Conv1x1, why_not_tensor_cores
 from reference import assert_error_ratio, relative_error, requires_cuda
 
@@ -197,6 +198,23 @@ def test_kernels(dtype, shape, padding, tf32):
     assert_kernels_match(make_problem(*shape, dtype, padding=padding))
 
 
+@pytest.fixture
+def little_shared_memory():
+    """99 KB, as compute capability 8.6 and 8.9."""
+    _C.limit_shared_memory(99 << 10)
+    yield
+    _C.limit_shared_memory(0)
+
+
+@requires_tensor_cores
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (40_000, 2000, 128), (20_000, 2500, 256), (300, 5000, 64)], ids=str
+)
+@by_dtype
+def test_little_shared_memory(dtype, shape, tf32, little_shared_memory):
+    assert_kernels_match(make_problem(*shape, dtype))
+
+
 @requires_tensor_cores
 @pytest.mark.parametrize("seed", range(40))
 @by_dtype
@@ -328,11 +346,11 @@ def test_arguments_of_the_operators():
     p = make_problem(20, 24, 48, torch.bfloat16)
     z = torch.empty(20, 48, dtype=torch.bfloat16, device="cuda")
     wrong = {
-        "x": dict(x=p.x.double()),
+        "no tensor cores: there are no float64": dict(x=p.x.double()),
         "mean": dict(mean=p.mean.float()),
         "weight": dict(weight=p.weight[1:]),
         "conv1": dict(conv1=p.conv1[:, 1:]),
-        "conv1: expected 1 to 256": dict(conv1=p.conv1.repeat(6, 1)),
+        "no tensor cores: the bottleneck has 288": dict(conv1=p.conv1.repeat(6, 1)),
         "z": dict(z=z[1:]),
         "moments": dict(moments=torch.empty(2, 47, dtype=torch.float64, device="cuda")),
     }
@@ -379,7 +397,7 @@ def test_a_block_that_does_not():
         "matrix products: TF32 is off": (DenseBlock(2, 16, 12), torch.float32),
         "matrix products: there are no float64": (DenseBlock(2, 16, 12), torch.float64),
         "matrix products: the bottleneck has 260": (DenseBlock(2, 16, 65), torch.bfloat16),
-        "matrix products: the block has 8224": (DenseBlock(1, 8192, 32), torch.bfloat16),
+        "matrix products: the block has 20016": (DenseBlock(1, 20000, 16), torch.bfloat16),
         "layer by layer: denselayer1": (DenseBlock(2, 16, 12), torch.bfloat16),
     }
     for expected, (block, dtype) in cases.items():
@@ -459,5 +477,5 @@ def test_a_path_that_cannot_run_is_an_error(monkeypatch):
     module = sys.modules["efficient_densenet.dense_block"]  # the name is the function's as well
     monkeypatch.setattr(module, "choose_conv1x1", lambda *args: Conv1x1.TENSOR_CORES)
     problem = make_block_problem((2, 4, 4), torch.float64, "cuda")
-    with pytest.raises(RuntimeError, match="tensor cores need CUDA and float32"):
+    with pytest.raises(RuntimeError, match="no tensor cores: there are no float64"):
         run(dense_block, problem)

@@ -280,26 +280,53 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
 //   32,768 or more   32 (N <= 128)    4                  1
 //   16,384 or more   16               8                  1
 //   fewer            16               4                  2 or 4, of at least 32 columns
-struct Tiling {
-  int row_tiles, warps, tiles, groups;
-  Chunking chunking;
+//
+// Where a device has too little shared memory for that: 16 rows, and 4, 2 or 1 warps.
+struct Groups {
+  int groups, tiles;  // tiles of 8 columns in a group
 
-  Tiling(int64_t rows, int64_t outputs) {
-    const bool many = rows >= 32768;
-    groups = 1;
-    while (rows * groups < 16384 && groups < 4 && outputs > 2 * groups * 16) groups *= 2;
+  Groups(int64_t rows, int64_t outputs) : groups(1) {
+    while (rows * groups < 16384 && groups < 4 && outputs > 32 * groups) groups *= 2;
     tiles = tiles_for(ceil_div(outputs, groups));
-    row_tiles = many && tiles <= 16 ? 2 : 1;
-    warps = many || rows < 16384 ? 4 : kMaxWarps;
-    const int64_t tile = warps * row_tiles * kTileRows, row_tiles_all = ceil_div(rows, tile);
-    const int64_t rows_per_block = ceil_div(row_tiles_all, kBlocks) * tile;
-    chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
   }
 };
 
+struct Warps {
+  int row_tiles, warps;
+
+  int64_t shared_bytes(int tiles, int64_t channels, Element element) const {
+    const int chunk = kPieces * kPieceBytes / element_size(element);
+    const int64_t stage = tiles * kTileColumns * kPieces + warps * 2 * row_tiles * kWarp;
+    const int64_t numbers = norm_floats(static_cast<int>(ceil_div(channels, chunk)), chunk);
+    return numbers * static_cast<int64_t>(sizeof(float)) + kStages * stage * kPieceBytes;
+  }
+};
+
+constexpr Warps kFewest{1, 1};
+
+Warps choose_warps(int64_t rows, int tiles, int64_t channels, Element element) {
+  Warps wanted{1, 4};
+  if (rows >= 32768) {
+    wanted.row_tiles = tiles <= 16 ? 2 : 1;
+  } else if (rows >= 16384) {
+    wanted.warps = kMaxWarps;
+  }
+  const int64_t limit = shared_memory();
+  for (const Warps& warps : {wanted, Warps{1, 4}, Warps{1, 2}}) {
+    if (warps.shared_bytes(tiles, channels, element) <= limit) return warps;
+  }
+  return kFewest;
+}
+
+Chunking choose_rows(int64_t rows, const Warps& warps) {
+  const int64_t tile = warps.warps * warps.row_tiles * kTileRows;
+  const int64_t rows_per_block = ceil_div(ceil_div(rows, tile), kBlocks) * tile;
+  return {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
+}
+
 // ---------------------------------------------------------------------------------------------
 // Packed weights: [chunk of k][column][channels of the chunk], once per group of columns. kForward:
-// columns are the N outputs in the groups of Tiling, k the channels of x. kGradInput: columns are
+// columns are the N outputs in the Groups, k the channels of x. kGradInput: columns are
 // the channels of x in groups of 32, k the outputs.
 
 constexpr int kGradInputColumns = 32;
@@ -311,9 +338,9 @@ struct PackedShape {
 
   PackedShape(WeightLayout layout, int chunk, int64_t rows, int64_t outputs)
       : forward(layout == WeightLayout::kForward), chunk(chunk) {
-    const Tiling tiling(rows, outputs);
-    columns = forward ? tiling.tiles * kTileColumns : kGradInputColumns;
-    groups_forward = tiling.groups;
+    const Groups groups(rows, outputs);
+    columns = forward ? groups.tiles * kTileColumns : kGradInputColumns;
+    groups_forward = groups.groups;
     chunks_grad = ceil_div(tiles_for(outputs) * kTileColumns, chunk);
   }
 
@@ -353,9 +380,44 @@ __global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weigh
   }
 }
 
+// Makes a device the current one for as long as it lives.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(index), "cudaSetDevice");
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+std::atomic<int64_t> limit_of_tests{0};
+
 }  // namespace
 
-std::string why_no_tensor_cores(int device_index) {
+int64_t shared_memory() {
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  const int64_t limit = limit_of_tests;
+  return limit > 0 ? std::min<int64_t>(limit, most) : most;
+}
+
+void limit_shared_memory(int64_t bytes) { limit_of_tests = bytes; }
+
+std::string why_no_tensor_cores(int device_index, Element element, int64_t outputs,
+                                int64_t channels) {
+  if (is_double(element)) return "there are no float64 tensor-core kernels";
+  if (outputs > kMaxConv1x1Outputs) {
+    return "the bottleneck has " + std::to_string(outputs) + " channels, more than " +
+           std::to_string(kMaxConv1x1Outputs);
+  }
+  const CurrentDevice current(device_index);
   int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index),
         "cudaDeviceGetAttribute");
@@ -366,15 +428,14 @@ std::string why_no_tensor_cores(int device_index) {
            ", needed is 8.0";
   }
   // A build for older GPUs alone runs on newer ones, with empty kernels here.
-  int before = 0;
-  check(cudaGetDevice(&before), "cudaGetDevice");
-  check(cudaSetDevice(device_index), "cudaSetDevice");
   cudaFuncAttributes attributes{};
-  const cudaError_t error =
-      cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 1, 16>);
-  check(cudaSetDevice(before), "cudaSetDevice");
-  check(error, "cudaFuncGetAttributes");
+  check(cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 1, 16>),
+        "cudaFuncGetAttributes");
   if (attributes.ptxVersion < 80) return "this build has no kernels for compute capability 8.0";
+  if (kFewest.shared_bytes(tiles_for(outputs), channels, element) > shared_memory()) {
+    return "the block has " + std::to_string(channels) +
+           " channels, more than shared memory holds numbers of";
+  }
   return "";
 }
 
@@ -399,8 +460,10 @@ void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv
 
 void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* weight,
                      int64_t outputs, const View& z, const Statistics* moments) {
-  const Tiling tiling(problem.rows.count, outputs);
-  const Chunking& chunking = tiling.chunking;
+  const Groups groups(problem.rows.count, outputs);
+  const Warps warps =
+      choose_warps(problem.rows.count, groups.tiles, problem.channels, problem.element);
+  const Chunking chunking = choose_rows(problem.rows.count, warps);
   const Sizes sizes{problem.rows.count, chunking.rows_per_chunk, static_cast<int>(problem.channels),
                     static_cast<int>(outputs)};
   double *partial_mean = nullptr, *partial_m2 = nullptr;
@@ -413,20 +476,17 @@ void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* we
     constexpr int kRowTiles = decltype(row_tiles)::value, kTiles = decltype(tiles)::value;
     constexpr auto kKernel = bn_relu_conv1x1_kernel<T, kRowTiles, kTiles>;
     allow_shared<kKernel>();
-    const int chunks = static_cast<int>(ceil_div(problem.channels, kChunk<T>));
-    const int64_t stage = kWeightStage<kTiles> + tiling.warps * 2 * kRowTiles * kWarp;
-    const int64_t bytes =
-        norm_floats(chunks, kChunk<T>) * sizeof(float) + kStages * stage * kPieceBytes;
-    kKernel<<<dim3(chunking.chunks, tiling.groups), tiling.warps * kWarp, bytes,
+    const int64_t bytes = warps.shared_bytes(kTiles, problem.channels, problem.element);
+    kKernel<<<dim3(chunking.chunks, groups.groups), warps.warps * kWarp, bytes,
               static_cast<cudaStream_t>(problem.stream)>>>(
         sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight),
         Rows<T>(z, 4), partial_mean, partial_m2);
     check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
   };
   dispatch_operand(problem.element, [&](auto element) {
-    dispatch_tiles(tiling.tiles, [&](auto tiles) {
+    dispatch_tiles(groups.tiles, [&](auto tiles) {
       if constexpr (decltype(tiles)::value <= 16) {
-        if (tiling.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tiles);
+        if (warps.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tiles);
       }
       launch(element, std::integral_constant<int, 1>{}, tiles);
     });

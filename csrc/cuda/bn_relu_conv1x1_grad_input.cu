@@ -281,55 +281,64 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
 #endif
 }
 
-struct Geometry_ {
-  int warps, groups_per_block, splits;
-  Chunking chunking;
-};
+// How a call is cut, from measurements on an H100: eight warps a block where the rows fill the
+// chip; else four, and blocks share the columns. Fewer warps where shared memory is too little, and
+// kMostGroups groups of columns at most.
+constexpr int64_t kMostGroups = 32;
 
-// Eight warps a block where the rows fill the chip; else four, and blocks share the columns.
-Geometry_ choose_geometry(int64_t rows, int64_t channels) {
-  Geometry_ geometry{};
-  geometry.warps = rows >= kBlocks / 2 * kMaxWarps * kTileRows ? kMaxWarps : kMaxWarps / 2;
-  const int64_t tile = geometry.warps * kTileRows, tiles = ceil_div(rows, tile);
-  const int64_t groups = ceil_div(channels, kColumns);
-  const int64_t splits = std::min(groups, std::max<int64_t>(1, kBlocks / tiles));
-  geometry.groups_per_block = static_cast<int>(ceil_div(groups, splits));
-  geometry.splits = static_cast<int>(ceil_div(groups, geometry.groups_per_block));
-  const int64_t rows_per_block = ceil_div(tiles, kBlocks) * tile;
-  geometry.chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
-  return geometry;
-}
+struct Cut {
+  int warps, groups_per_block, splits;
+  int64_t shared_bytes;
+  Chunking chunking;
+
+  // pieces: of the weights of a group of columns.
+  Cut(int64_t rows, int64_t channels, int pieces, int warp_bytes, int stages) {
+    const int64_t groups = ceil_div(channels, kColumns), limit = shared_memory();
+    warps = rows >= kBlocks / 2 * kMaxWarps * kTileRows ? kMaxWarps : kMaxWarps / 2;
+    for (;; warps /= 2) {
+      const int64_t tile = warps * kTileRows, tiles = ceil_div(rows, tile);
+      const int64_t wanted = std::max<int64_t>(kBlocks / tiles, ceil_div(groups, kMostGroups));
+      groups_per_block = static_cast<int>(ceil_div(groups, std::clamp<int64_t>(wanted, 1, groups)));
+      splits = static_cast<int>(ceil_div(groups, groups_per_block));
+      const int64_t rows_per_block = ceil_div(tiles, kBlocks) * tile;
+      chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
+      const int columns = groups_per_block * kColumns;
+      const int64_t floats = SharedNorm::kNumbers * columns + sum_floats(columns, warps);
+      shared_bytes = floats * static_cast<int64_t>(sizeof(float)) +
+                     stages * (int64_t(pieces) * kPieceBytes + warps * warp_bytes);
+      if (shared_bytes <= limit || warps == 1) return;
+    }
+  }
+};
 
 }  // namespace
 
 void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, const void* weight,
                                 int64_t outputs, const Reader& reader) {
-  const Geometry_ geometry = choose_geometry(problem.rows.count, problem.channels);
-  const Chunking& chunking = geometry.chunking;
-  const Sizes sizes{problem.rows.count, chunking.rows_per_chunk, static_cast<int>(problem.channels),
-                    static_cast<int>(outputs), geometry.groups_per_block};
-  double* const partial_dz = problem.workspace(2 * problem.channels * chunking.chunks);
-  double* const partial_dz_centred = partial_dz + problem.channels * chunking.chunks;
   dispatch_operand(problem.element, [&](auto element) {
     dispatch_tiles(tiles_for(outputs), [&](auto tiles) {
       using T = decltype(element);
       constexpr int kTiles = decltype(tiles)::value;
       constexpr auto kKernel = bn_relu_conv1x1_grad_input_kernel<T, kTiles>;
       allow_shared<kKernel>();
-      const int columns = geometry.groups_per_block * kColumns;
-      const int64_t floats = SharedNorm::kNumbers * columns + sum_floats(columns, geometry.warps);
-      const int64_t stage = kWeightStage<T, kTiles> * kPieceBytes + geometry.warps * kWarpBytes<T>;
-      const int64_t bytes = floats * sizeof(float) + kStages<T> * stage;
-      kKernel<<<dim3(chunking.chunks, geometry.splits), geometry.warps * kWarp, bytes,
+      const Cut cut(problem.rows.count, problem.channels, kWeightStage<T, kTiles>, kWarpBytes<T>,
+                    kStages<T>);
+      const Sizes sizes{problem.rows.count, cut.chunking.rows_per_chunk,
+                        static_cast<int>(problem.channels), static_cast<int>(outputs),
+                        cut.groups_per_block};
+      const int64_t partials = problem.channels * cut.chunking.chunks;
+      double* const partial_dz = problem.workspace(2 * partials);
+      double* const partial_dz_centred = partial_dz + partials;
+      kKernel<<<dim3(cut.chunking.chunks, cut.splits), cut.warps * kWarp, cut.shared_bytes,
                 static_cast<cudaStream_t>(problem.stream)>>>(
           sizes, Rows<const T>(problem.features[0].x, 4), bn, static_cast<const uint4*>(weight),
           Rows<const T>(reader.grad_y), Rows<const float>(reader.grad_features, 4),
           Rows<float>(reader.grad_features, 4), reader.first_reader, partial_dz,
           partial_dz_centred);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
+      merge_reader(problem, bn, reader, cut.chunking, partial_dz, partial_dz_centred);
     });
   });
-  merge_reader(problem, bn, reader, chunking, partial_dz, partial_dz_centred);
 }
 
 }  // namespace efficient_densenet::cuda

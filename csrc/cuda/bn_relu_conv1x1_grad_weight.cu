@@ -236,15 +236,18 @@ __global__ void add_grad_weight_kernel(int64_t elements, int parts, const float*
   grad_weight[i] = static_cast<float>(sum);
 }
 
-// Outputs of a block: all of N up to 128, else half of it.
-template <typename Body>
+// Outputs of a block: all of N up to 128, else half of it. Half of 128 where shared memory is too
+// little.
+template <typename T, typename Body>
 void dispatch_outputs(int64_t outputs, const Body& body) {
+  const bool fits_128 = Shape<T, 128>::kBytes <= shared_memory();
   if (outputs <= 48) return body(std::integral_constant<int, 48>{});
   if (outputs <= 64) return body(std::integral_constant<int, 64>{});
   if (outputs <= 96 || (outputs > 128 && outputs <= 192)) {
     return body(std::integral_constant<int, 96>{});
   }
-  body(std::integral_constant<int, 128>{});
+  if (fits_128) return body(std::integral_constant<int, 128>{});
+  body(std::integral_constant<int, 64>{});
 }
 
 }  // namespace
@@ -254,8 +257,8 @@ void bn_relu_conv1x1_grad_weight(const Problem& problem, const BatchNorm& bn, in
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const int64_t rows = problem.rows.count, elements = outputs * problem.channels;
   dispatch_operand(problem.element, [&](auto element) {
-    dispatch_outputs(outputs, [&](auto outputs_tag) {
-      using T = decltype(element);
+    using T = decltype(element);
+    dispatch_outputs<T>(outputs, [&](auto outputs_tag) {
       using S = Shape<T, decltype(outputs_tag)::value>;
       const int64_t column_blocks = ceil_div(problem.channels, kColumns);
       const int64_t output_blocks = ceil_div(outputs, S::kOutputs);

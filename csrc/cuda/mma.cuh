@@ -306,7 +306,10 @@ void dispatch_operand(Element element, const Body& body) {
   }
 }
 
-// Lets a kernel have all the shared memory that a block can; asked once per kernel and device.
+// Bytes of shared memory that a block is to have on the current device. In bn_relu_conv1x1.cu.
+int64_t shared_memory();
+
+// Lets a kernel have all that the device allows; asked once per kernel and device.
 template <auto kKernel>
 void allow_shared() {
   static std::atomic<uint64_t> allowed{0};  // one bit per device; beyond 64, asked every time
@@ -316,10 +319,7 @@ void allow_shared() {
   if (allowed.load() & bit) return;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, kKernel), "cudaFuncGetAttributes");
-  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             most - static_cast<int>(attributes.sharedSizeBytes)),
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "cudaFuncSetAttribute");
   allowed |= bit;
 }
