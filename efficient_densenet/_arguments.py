@@ -56,7 +56,7 @@ def _check_features(features: Sequence[Tensor]) -> None:
     if not features:
         raise ValueError("features: expected at least one tensor, got an empty list")
     for i, feature in enumerate(features):
-        _check_tensor(f"features[{i}]", feature)
+        check_tensor(f"features[{i}]", feature)
     first = features[0]
     _check_images("features[0]", first, fewest_spatial_dims=0)
     without_channels = _without_channels(first)
@@ -73,7 +73,7 @@ def _check_features(features: Sequence[Tensor]) -> None:
             )
 
 
-def _check_tensor(name: str, value: Any) -> None:
+def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_type(value)}")
 
@@ -152,7 +152,7 @@ def check_block_arguments(
     reader: BatchNorm | None,
 ) -> torch.dtype:
     """The dtype of the features of a dense block, or an error that names the wrong argument."""
-    _check_tensor("x", x)
+    check_tensor("x", x)
     _check_images("x", x, fewest_spatial_dims=1)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: expected one of {RECOMPUTE}, got {recompute!r}")
@@ -216,7 +216,7 @@ def _check_convolutions(
 def _check_weight(
     name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
 ) -> None:
-    _check_tensor(name, weight)
+    check_tensor(name, weight)
     if weight.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got shape {list(weight.shape)}")
     # Autocast casts weights as well.

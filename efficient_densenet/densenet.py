@@ -1,9 +1,10 @@
-"""DenseNet-BC (arXiv:1608.06993) that can run in memory linear in its depth.
+"""DenseNet and DenseNet-BC (arXiv:1608.06993) that can run in memory linear in their depth.
 
 With ``efficient=True`` each dense block is one operator, together with the transition or final norm
 that reads it (:mod:`efficient_densenet.dense_block`). A block that the operator does not compute
-exactly (a hook on an inner module, another norm, a pruned convolution) runs layer by layer on
-:func:`efficient_densenet.concat_bn_relu`, and what that does not compute as plain modules.
+exactly (without bottlenecks, or with a hook on an inner module, another norm, a pruned convolution)
+runs layer by layer on :func:`efficient_densenet.concat_bn_relu`, and what that does not compute as
+plain modules.
 Parameters, module names and results are those of ``efficient=False``.
 """
 
@@ -12,15 +13,17 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ._arguments import RECOMPUTE, computed_dtype
+from . import functional
+from ._arguments import RECOMPUTE, check_tensor, computed_dtype
 from .batch_norm import BatchNorm
-from .bn_relu_conv1x1 import Conv1x1
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .dense_block import DenseLayer, Plan
 from .layout import convolution_is_channels_last, is_channels_last, plain_formats
@@ -29,10 +32,17 @@ from .storage import SharedStorage
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+_AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_GLOBAL_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 # ------------------------------------------------------------------------------------------------
 # What may run fused. Each function returns why not, or None.
+
+
+def _any_global_hook() -> bool:
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def _why_called(module: nn.Module, *types: type[nn.Module]) -> str | None:
@@ -45,7 +55,7 @@ def _why_called(module: nn.Module, *types: type[nn.Module]) -> str | None:
         return f"is {type(module).__name__}"
     if "forward" in vars(module):
         return "has a forward of its own"
-    if _has_any_global_hook() or any(getattr(module, name) for name in _HOOKS):
+    if _any_global_hook() or any(getattr(module, name) for name in _HOOKS):
         return "has hooks"
     return None
 
@@ -58,7 +68,7 @@ def _why_not_norm_relu(norm: nn.Module, relu: nn.Module) -> str | None:
     return None if why is None else f"relu {why}"
 
 
-def _why_not_convolution(conv: nn.Module, x: Tensor, pointwise: bool) -> str | None:
+def _why_not_convolution(conv: Any, x: Tensor, pointwise: bool) -> str | None:
     why = _why_called(conv, *_CONVOLUTIONS.values())
     if why is not None:
         return f"convolution {why}"
@@ -86,7 +96,7 @@ def _why_not_convolution(conv: nn.Module, x: Tensor, pointwise: bool) -> str | N
 # Fused pieces
 
 
-def _batch_norm(norm: nn.Module) -> BatchNorm:
+def _batch_norm(norm: Any) -> BatchNorm:
     """What ``norm.forward`` would hand to ``F.batch_norm``, and the count it would move."""
     uses_running = not norm.training or norm.track_running_stats
     counts = norm.training and norm.track_running_stats
@@ -133,32 +143,41 @@ def _fused_bn_relu(
 
 
 class _DenseLayer(nn.Module):
-    """``[features] -> growth_rate`` new channels: BN-ReLU-conv1x1-BN-ReLU-conv3x3."""
+    """``[features] -> growth_rate`` new channels: BN-ReLU-conv1x1-BN-ReLU-conv3x3.
+
+    Without a bottleneck (``bn_size=None``): BN-ReLU-conv3x3, that is norm1, relu1 and conv2.
+    """
 
     def __init__(
         self,
         num_input_features: int,
         growth_rate: int,
-        bn_size: int,
+        bn_size: int | None,
         drop_rate: float,
         efficient: bool,
         spatial_dims: int,
     ) -> None:
         super().__init__()
         norm, conv = _BATCH_NORMS[spatial_dims], _CONVOLUTIONS[spatial_dims]
-        bottleneck = bn_size * growth_rate
+        self.has_bottleneck = bn_size is not None
         self.norm1 = norm(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = conv(num_input_features, bottleneck, kernel_size=1, bias=False)
-        self.norm2 = norm(bottleneck)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = conv(bottleneck, growth_rate, kernel_size=3, padding=1, bias=False)
+        width = num_input_features
+        if bn_size is not None:
+            width = bn_size * growth_rate
+            self.conv1 = conv(num_input_features, width, kernel_size=1, bias=False)
+            self.norm2 = norm(width)
+            self.relu2 = nn.ReLU(inplace=True)
+        self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
         self.drop_rate = drop_rate
         self.efficient = efficient
 
     def forward(self, features: Sequence[Tensor], storage: SharedStorage) -> Tensor:
-        bottleneck = self._norm_relu_conv(self.norm1, self.relu1, self.conv1, features, storage)
-        new = self._norm_relu_conv(self.norm2, self.relu2, self.conv2, [bottleneck], storage)
+        if self.has_bottleneck:
+            bottleneck = self._norm_relu_conv(self.norm1, self.relu1, self.conv1, features, storage)
+            new = self._norm_relu_conv(self.norm2, self.relu2, self.conv2, [bottleneck], storage)
+        else:
+            new = self._norm_relu_conv(self.norm1, self.relu1, self.conv2, features, storage)
         if self.drop_rate > 0:
             new = F.dropout(new, p=self.drop_rate, training=self.training)
         return new
@@ -167,17 +186,23 @@ class _DenseLayer(nn.Module):
         self,
         norm: nn.Module,
         relu: nn.Module,
-        conv: nn.Module,
+        conv: Callable[[Tensor], Tensor],
         features: Sequence[Tensor],
         storage: SharedStorage,
     ) -> Tensor:
-        if self.efficient and _why_not_norm_relu(norm, relu) is None:
-            return _fused_bn_relu(norm, conv, features, storage)
-        return conv(relu(norm(torch.cat(features, 1) if len(features) > 1 else features[0])))
+        fuses = self.efficient and not torch.compiler.is_compiling()
+        if fuses and _why_not_norm_relu(norm, relu) is None:
+            fused: Tensor = _fused_bn_relu(norm, conv, features, storage)
+            return fused
+        y: Tensor = relu(norm(torch.cat(list(features), 1) if len(features) > 1 else features[0]))
+        return conv(y)
 
     def why_not_fused(self, x: Tensor) -> str | None:
+        why = _why_called(self, _DenseLayer)
+        if why is None and not self.has_bottleneck:
+            why = "no bottleneck (bn_size=None)"
         return (
-            _why_called(self, _DenseLayer)
+            why
             or _why_not_norm_relu(self.norm1, self.relu1)
             or _why_not_convolution(self.conv1, x, pointwise=True)
             or _why_not_norm_relu(self.norm2, self.relu2)
@@ -188,6 +213,11 @@ class _DenseLayer(nn.Module):
         return DenseLayer(
             _batch_norm(self.norm1), self.conv1.weight, _batch_norm(self.norm2), self.conv2.weight
         )
+
+    def convolutions(self) -> list[Tensor]:
+        """Their weights, in the order in which they run."""
+        convolutions = [self.conv1, self.conv2] if self.has_bottleneck else [self.conv2]
+        return [convolution.weight for convolution in convolutions]
 
 
 class _State:
@@ -202,7 +232,7 @@ class _State:
         self.objects: list[object] = []
         self.facts: list[object] = [
             x.dtype, x.device, x.dim(), x.size(1), min(x.shape[2:], default=0) < 2,
-            torch.get_autocast_dtype(kind) if autocast else None, _has_any_global_hook(),
+            torch.get_autocast_dtype(kind) if autocast else None, _any_global_hook(),
         ]  # fmt: skip
         objects, facts = self.objects, self.facts
         remaining = [module for module in modules if module is not None]
@@ -259,18 +289,21 @@ class DenseBlock(nn.Module):
         num_layers: number of dense layers, ``denselayer1`` and so on.
         num_input_features: channels of the input.
         growth_rate: channels that each layer adds (``k`` in the paper).
-        bn_size: the bottleneck has ``bn_size * growth_rate`` channels.
+        bn_size: the bottleneck has ``bn_size * growth_rate`` channels; None for layers without one,
+            BN-ReLU-conv3x3.
         drop_rate: dropout probability after each layer, in ``[0, 1)``.
         efficient: run as one operator, :func:`efficient_densenet.dense_block`. Its output is
-            channels-last and is itself kept for the backward pass.
-        recompute: ``"bottleneck"`` or ``"features"``, see :func:`efficient_densenet.dense_block`.
+            channels-last and is itself kept for the backward pass. Without bottlenecks, layer by
+            layer on :func:`efficient_densenet.concat_bn_relu`, also in linear memory.
+        recompute: ``"bottleneck"`` or ``"features"``, see :func:`efficient_densenet.dense_block`;
+            without bottlenecks there is nothing to choose.
         spatial_dims: 1, 2 or 3.
 
     Shape: ``[N, num_input_features, *spatial]`` to
     ``[N, num_input_features + num_layers * growth_rate, *spatial]``.
 
     Raises:
-        ValueError: an argument is out of its range.
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
 
     def __init__(
@@ -278,7 +311,7 @@ class DenseBlock(nn.Module):
         num_layers: int,
         num_input_features: int,
         growth_rate: int,
-        bn_size: int = 4,
+        bn_size: int | None = 4,
         drop_rate: float = 0,
         efficient: bool = True,
         recompute: str = "bottleneck",
@@ -289,8 +322,8 @@ class DenseBlock(nn.Module):
             num_layers=num_layers,
             num_input_features=num_input_features,
             growth_rate=growth_rate,
-            bn_size=bn_size,
         )
+        _check_bn_size(bn_size)
         _check_drop_rate(drop_rate)
         _check_choice("recompute", recompute, RECOMPUTE)
         _check_choice("spatial_dims", spatial_dims, tuple(_CONVOLUTIONS))
@@ -305,13 +338,28 @@ class DenseBlock(nn.Module):
         self._plans = _Plans()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            fuses = not torch.compiler.is_exporting() and self.why_not_fused(x) is None
+            return self._traced(x) if fuses else self._layer_by_layer(x)
         plan = self.plan(x)
-        if plan is not None:
-            return plan.run(x)
+        return self._layer_by_layer(x) if plan is None else plan.run(x)
+
+    def _layer_by_layer(self, x: Tensor) -> Tensor:
         features = [x]
         for layer in self.children():
             features.append(layer(features, self.storage))
         return torch.cat(features, 1)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """For a compiler: one operator that it can look around."""
+        tensors, drop_rate = self._tensors()
+        return functional.dense_block(x, tensors, drop_rate, self.recompute)
+
+    def _tensors(self) -> tuple[list[DenseLayer], float]:
+        """Those of the layers, and the rate of dropout."""
+        layers: list[Any] = list(self.children())
+        drop_rate = layers[0].drop_rate if layers[0].training else 0.0
+        return [layer.tensors() for layer in layers], drop_rate
 
     @torch.compiler.disable
     def plan(self, x: Tensor, reader: nn.Module | None = None) -> Plan | None:
@@ -323,7 +371,7 @@ class DenseBlock(nn.Module):
         state = _State(x, self, reader)
         return self._plans.get(reader is None, state, lambda: self._new_plan(x, reader))
 
-    def _new_plan(self, x: Tensor, reader: nn.Module | None) -> Plan | None:
+    def _new_plan(self, x: Tensor, reader: Any) -> Plan | None:
         if self.why_not_fused(x) is not None:
             return None
         norm = reader.norm if type(reader) is _Transition else reader
@@ -333,15 +381,14 @@ class DenseBlock(nn.Module):
                 return None
             if norm is not reader and (_why_called(reader, _Transition) or reader.why_not_fused(x)):
                 return None
-        layers = list(self.children())
-        drop_rate = layers[0].drop_rate if layers[0].training else 0.0
-        tensors = [layer.tensors() for layer in layers]
+        tensors, drop_rate = self._tensors()
         bn = None if norm is None else _batch_norm(norm)
         return Plan(x, tensors, drop_rate, self.recompute, bn, pool=norm is not reader)
 
     def is_plainly_channels_last(self, x: Tensor) -> bool:
         """Whether the output would be channels-last with ``efficient=False``."""
-        weights = [(layer.conv1.weight, layer.conv2.weight) for layer in self.children()]
+        layers: list[Any] = list(self.children())
+        weights = [layer.convolutions() for layer in layers]
         return is_channels_last(x) and all(plain_formats(x, weights, computed_dtype(x)))
 
     def kernel_path(self, x: Tensor) -> str:
@@ -354,18 +401,14 @@ class DenseBlock(nn.Module):
         why = self.why_not_fused(x)
         if why is not None:
             return f"layer by layer: {why}"
-        plan = self.plan(x)
-        path = plan.conv1x1(x.device)
-        if path == Conv1x1.TENSOR_CORES:
-            return "tensor cores"
-        name = "matrix products" if path == Conv1x1.PRODUCT else "convolutions"
-        return f"{name}: {plan.why_not_tensor_cores(x.device)}"
+        path: str = self.plan(x).kernel_path(x.device)
+        return path
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the block would run layer by layer on this input; None where it would not."""
         if not self.efficient:
             return "efficient=False"
-        layers = list(self.named_children())
+        layers: list[tuple[str, Any]] = list(self.named_children())
         first = layers[0][1]
         for name, layer in layers:
             why = layer.why_not_fused(x)
@@ -382,52 +425,75 @@ class _Transition(nn.Sequential):
     """BN-ReLU-conv1x1-pool.
 
     A 1x1 convolution and an average commute, so with ``efficient`` the pooling comes first, and a
-    quarter of the activations is convolved and kept.
+    quarter of the activations (a half in one dimension, an eighth in three) is convolved and kept.
     """
 
-    def __init__(self, num_input_features: int, num_output_features: int, efficient: bool) -> None:
+    norm: Any  # users may put other modules in their place
+    relu: Any
+    conv: Any
+    pool: Any
+
+    def __init__(
+        self,
+        num_input_features: int,
+        num_output_features: int,
+        efficient: bool,
+        spatial_dims: int,
+    ) -> None:
+        norm, conv = _BATCH_NORMS[spatial_dims], _CONVOLUTIONS[spatial_dims]
         super().__init__(
             OrderedDict(
-                norm=nn.BatchNorm2d(num_input_features),
+                norm=norm(num_input_features),
                 relu=nn.ReLU(inplace=True),
-                conv=nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False),
-                pool=nn.AvgPool2d(kernel_size=2, stride=2),
+                conv=conv(num_input_features, num_output_features, kernel_size=1, bias=False),
+                pool=_AVERAGE_POOLS[spatial_dims](kernel_size=2, stride=2),
             )
         )
         self.efficient = efficient
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_not_fused(x) is None:
-            return _fused_bn_relu(self.norm, lambda y: self.conv(self.pool(y)), [x])
-        return super().forward(x)
+        if not torch.compiler.is_compiling() and self.why_not_fused(x) is None:
+            fused: Tensor = _fused_bn_relu(self.norm, lambda y: self.conv(self.pool(y)), [x])
+            return fused
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return y
 
     def why_not_fused(self, x: Tensor) -> str | None:
         if not self.efficient:
             return "efficient=False"
         pool = self.pool
-        why = _why_called(pool, nn.AvgPool2d)
+        why = _why_called(pool, *_AVERAGE_POOLS.values())
         if why is not None:
             return f"pool {why}"
-        if (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) != (2, 2, 0, False):
-            return "pool is not 2x2 with stride 2"
-        if pool.divisor_override is not None or min(x.shape[2:]) < 2:
+        sizes = [_size(size) for size in (pool.kernel_size, pool.stride, pool.padding)]
+        if sizes != [2, 2, 0] or pool.ceil_mode:
+            return "pool is not over windows of 2 with stride 2"
+        if getattr(pool, "divisor_override", None) is not None or min(x.shape[2:]) < 2:
             return "pool divides otherwise, or its input is too small"
         return _why_not_norm_relu(self.norm, self.relu) or _why_not_convolution(
             self.conv, x, pointwise=True
         )
 
 
+# The modules that lower the resolution behind the stem's convolution.
+_POOLING = (_Transition, *_MAX_POOLS.values())
+
+
 class DenseNet(nn.Module):
-    """DenseNet-BC for images ``[N, 3, H, W]``; returns logits ``[N, num_classes]``.
+    """DenseNet for images ``[N, in_chans, *spatial]``; returns logits ``[N, num_classes]``.
+
+    The defaults are those of DenseNet-BC-100 with k=12 for CIFAR-10. The networks of the paper have
+    functions of their own, such as :func:`efficient_densenet.densenet121`.
 
     Args:
         growth_rate: channels that each dense layer adds (``k`` in the paper).
         block_config: number of dense layers in each dense block.
         compression: a transition keeps this fraction of its channels, in ``(0, 1]``.
         num_init_features: channels of the stem convolution.
-        bn_size: the bottleneck has ``bn_size * growth_rate`` channels.
+        bn_size: the bottleneck has ``bn_size * growth_rate`` channels; None for layers without one,
+            BN-ReLU-conv3x3 (DenseNet without B; without C is ``compression=1``).
         drop_rate: dropout probability after each dense layer, in ``[0, 1)``.
-        num_classes: number of logits.
+        num_classes: number of logits; 0 for none, and pooled features ``[N, num_features]``.
         small_inputs: stem for 32x32 images (one 3x3 convolution) instead of ImageNet's
             (7x7 convolution with stride 2, batch norm, ReLU, max pooling).
         efficient: run in memory linear in depth, and faster. Weights load either way, and
@@ -435,9 +501,14 @@ class DenseNet(nn.Module):
         recompute: what a block keeps for the backward pass besides its features, see
             :func:`efficient_densenet.dense_block`. ``"bottleneck"`` is faster, ``"features"``
             takes about half the memory: for what does not fit otherwise.
+        spatial_dims: 1 (signals), 2 (images) or 3 (volumes).
+        in_chans: channels of the images.
+
+    Attributes:
+        num_features: channels of the last feature map.
 
     Raises:
-        ValueError: an argument is out of its range.
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
 
     def __init__(
@@ -446,95 +517,168 @@ class DenseNet(nn.Module):
         block_config: Sequence[int] = (16, 16, 16),
         compression: float = 0.5,
         num_init_features: int = 24,
-        bn_size: int = 4,
+        bn_size: int | None = 4,
         drop_rate: float = 0,
         num_classes: int = 10,
         small_inputs: bool = True,
         efficient: bool = False,
         recompute: str = "bottleneck",
+        spatial_dims: int = 2,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         _check_positive(
-            growth_rate=growth_rate,
-            num_init_features=num_init_features,
-            bn_size=bn_size,
-            num_classes=num_classes,
+            growth_rate=growth_rate, num_init_features=num_init_features, in_chans=in_chans
         )
-        if not block_config or min(block_config) < 1:
-            raise ValueError(
-                f"block_config: expected at least one positive integer, got {block_config}"
-            )
+        _check_block_config(block_config)
+        _check_bn_size(bn_size)
+        _check_number("compression", compression)
         if not 0 < compression <= 1:
             raise ValueError(f"compression: expected a number in (0, 1], got {compression}")
         _check_drop_rate(drop_rate)
+        _check_num_classes(num_classes)
         _check_choice("recompute", recompute, RECOMPUTE)
+        _check_choice("spatial_dims", spatial_dims, tuple(_CONVOLUTIONS))
         self.efficient = efficient
         self.drop_rate = drop_rate
+        self.spatial_dims = spatial_dims
 
-        self.features = nn.Sequential(_stem(num_init_features, small_inputs))
+        stem = _stem(in_chans, num_init_features, small_inputs, spatial_dims)
+        self.features = nn.Sequential(stem)
         num_features = num_init_features
         for i, num_layers in enumerate(block_config):
             block = DenseBlock(
-                num_layers, num_features, growth_rate, bn_size, drop_rate, efficient, recompute
-            )
+                num_layers, num_features, growth_rate, bn_size, drop_rate, efficient, recompute,
+                spatial_dims,
+            )  # fmt: skip
             self.features.add_module(f"denseblock{i + 1}", block)
             num_features += num_layers * growth_rate
             if i + 1 < len(block_config):
                 num_output_features = int(num_features * compression)
-                transition = _Transition(num_features, num_output_features, efficient)
+                if num_output_features == 0:
+                    raise ValueError(
+                        f"compression: expected to keep one or more of the {num_features} channels "
+                        f"of transition{i + 1}, got {compression}"
+                    )
+                transition = _Transition(num_features, num_output_features, efficient, spatial_dims)
                 self.features.add_module(f"transition{i + 1}", transition)
                 num_features = num_output_features
-        self.features.add_module("norm_final", nn.BatchNorm2d(num_features))
-        self.classifier = nn.Linear(num_features, num_classes)
+        self.features.add_module("norm_final", _BATCH_NORMS[spatial_dims](num_features))
+        self.num_features = num_features
+        self.classifier = _classifier(num_features, num_classes)
         self._initialise()
 
     def _initialise(self) -> None:
         """Fan-out normal for convolutions, identity batch norms, as in the original."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a new one, for fine-tuning.
+
+        It has the device, dtype and mode of the model. Make the optimizer afterwards: the old
+        classifier's parameters are the model's no longer.
+
+        Args:
+            num_classes: number of logits; 0 for none, and pooled features ``[N, num_features]``.
+
+        Raises:
+            TypeError, ValueError: ``num_classes`` is not an integer or below 0.
+        """
+        _check_num_classes(num_classes)
+        like = next(self.features.parameters())
+        classifier = _classifier(self.num_features, num_classes)
+        self.classifier = classifier.to(like.device, like.dtype).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(self._activations(x), (1, 1)).flatten(1)
-        return self.classifier(pooled)
+        pooled = _GLOBAL_POOLS[self.spatial_dims](self.forward_features(x), 1).flatten(1)
+        logits: Tensor = self.classifier(pooled)
+        return logits
 
-    def _activations(self, x: Tensor) -> Tensor:
-        """``relu(self.features(x))``"""
-        if not self.efficient or _why_called(self.features, nn.Sequential) is not None:
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map, after norm and ReLU: what the classifier pools.
+
+        Args:
+            x: ``[N, in_chans, *spatial]``.
+
+        Returns:
+            ``[N, num_features, *spatial / stride]``, with a stride of 2 for each transition, times
+            4 for the stem unless ``small_inputs``.
+
+        Raises:
+            ValueError: ``x`` has another number of dimensions.
+        """
+        _check_spatial_dims(x, self.spatial_dims)
+        fuses = self.efficient and not torch.compiler.is_compiling()
+        if not fuses or _why_called(self.features, nn.Sequential) is not None:
             return F.relu(self.features(x))
-        restores = self.training and self.drop_rate > 0
-        modules = deque(self.features.children())
+        return self._run(x)
+
+    def forward_intermediates(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last feature map, and a list of one map of every resolution, finest first.
+
+        For detection, segmentation and the like. As timm's ``forward_intermediates``: what the stem
+        pools (nothing with ``small_inputs``), the output of each dense block but the last, and
+        what :meth:`forward_features` returns. Those of ``densenet121()`` have 64, 256, 512, 1024
+        and 1024 channels and strides 2, 4, 8, 16 and 32.
+
+        The whole network runs, but no hook on ``features`` itself. Blocks' outputs are kept for
+        the backward pass: do not write to them in place.
+
+        Args:
+            x: ``[N, in_chans, *spatial]``.
+
+        Returns:
+            The last map, and the list of all of them, the last one included.
+
+        Raises:
+            ValueError: ``x`` has another number of dimensions.
+        """
+        _check_spatial_dims(x, self.spatial_dims)
+        intermediates: list[Tensor] = []
+        last = self._run(x, intermediates)
+        return last, [*intermediates, last]
+
+    def _run(self, x: Tensor, intermediates: list[Tensor] | None = None) -> Tensor:
+        """``relu(self.features(x))``; appends what is read by something that pools.
+
+        A module and its last reader are one operator where nobody asks for what is between them.
+        """
+        fuses = self.efficient and intermediates is None
+        restores = self.efficient and self.training and self.drop_rate > 0
+        modules: deque[Any] = deque(self.features.children())
         while modules:
             module = modules.popleft()
             if isinstance(module, DenseBlock):
                 channels_last = restores and module.is_plainly_channels_last(x)
-                plan = module.plan(x, modules[0]) if _may_read_fused(modules) else None
+                plan = module.plan(x, modules[0]) if fuses and _may_read_fused(modules) else None
                 if plan is None:
                     y = module(x)
                 else:
                     reader = modules.popleft()
                     if not isinstance(reader, _Transition):  # the final norm
-                        return plan.run(x)
+                        last: Tensor = plan.run(x)
+                        return last
                     y = reader.conv(plan.run(x))
                     channels_last = restores and convolution_is_channels_last(
                         x, channels_last, reader.conv.weight, computed_dtype(x)
                     )
                 x = _in_format(y, channels_last) if restores else y
-            elif len(modules) > 1 and _why_not_norm_relu(module, modules[0]) is None:  # the stem
-                modules.popleft()
+            elif fuses and len(modules) > 1 and _why_not_norm_relu(module, modules[0]) is None:
+                modules.popleft()  # the stem's
                 x = _fused_bn_relu(module, modules.popleft(), [x])
             else:
                 x = module(x)
+            if intermediates is not None and modules and isinstance(modules[0], _POOLING):
+                intermediates.append(x)
         return F.relu(x)
 
 
 def _in_format(x: Tensor, channels_last: bool) -> Tensor:
     """x in the memory format of the plain network, on which the next block's dropout depends."""
-    return x.contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    inner = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.contiguous(memory_format=inner if channels_last else torch.contiguous_format)
 
 
 def _may_read_fused(following: Sequence[nn.Module]) -> bool:
@@ -544,28 +688,85 @@ def _may_read_fused(following: Sequence[nn.Module]) -> bool:
     return type(following[0]) is _Transition or len(following) == 1
 
 
-def _stem(num_init_features: int, small_inputs: bool) -> OrderedDict[str, nn.Module]:
+def _stem(
+    in_chans: int, num_init_features: int, small_inputs: bool, spatial_dims: int
+) -> OrderedDict[str, nn.Module]:
+    conv = _CONVOLUTIONS[spatial_dims]
     if small_inputs:
         return OrderedDict(
-            conv0=nn.Conv2d(3, num_init_features, kernel_size=3, stride=1, padding=1, bias=False)
+            conv0=conv(in_chans, num_init_features, kernel_size=3, stride=1, padding=1, bias=False)
         )
     return OrderedDict(
-        conv0=nn.Conv2d(3, num_init_features, kernel_size=7, stride=2, padding=3, bias=False),
-        norm0=nn.BatchNorm2d(num_init_features),
+        conv0=conv(in_chans, num_init_features, kernel_size=7, stride=2, padding=3, bias=False),
+        norm0=_BATCH_NORMS[spatial_dims](num_init_features),
         relu0=nn.ReLU(inplace=True),
-        pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1, ceil_mode=False),
+        pool0=_MAX_POOLS[spatial_dims](kernel_size=3, stride=2, padding=1, ceil_mode=False),
     )
+
+
+def _classifier(num_features: int, num_classes: int) -> nn.Module:
+    if num_classes == 0:
+        return nn.Identity()
+    classifier = nn.Linear(num_features, num_classes)
+    nn.init.zeros_(classifier.bias)
+    return classifier
+
+
+def _size(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """A window's size, stride or padding as one number where it is the same in all dimensions."""
+    return size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
+
+
+def _check_spatial_dims(x: Tensor, spatial_dims: int) -> None:
+    check_tensor("x", x)
+    # Channels are left to the first convolution: its message is clear, and it may be replaced.
+    if x.dim() != 2 + spatial_dims:
+        raise ValueError(
+            f"x: expected [N, C, *spatial] with {spatial_dims} spatial dimensions, got shape "
+            f"{list(x.shape)}"
+        )
 
 
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
+        if not _is_integer(value):
+            raise TypeError(f"{name}: expected a positive integer, got {value!r}")
         if value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value}")
 
 
+def _check_bn_size(bn_size: int | None) -> None:
+    if bn_size is not None:
+        _check_positive(bn_size=bn_size)
+
+
+def _check_block_config(block_config: Sequence[int]) -> None:
+    is_sequence = isinstance(block_config, Sequence) and all(map(_is_integer, block_config))
+    if not is_sequence or not block_config or min(block_config) < 1:
+        error = ValueError if is_sequence else TypeError
+        raise error(f"block_config: expected at least one positive integer, got {block_config!r}")
+
+
+def _check_num_classes(num_classes: int) -> None:
+    if not _is_integer(num_classes):
+        raise TypeError(f"num_classes: expected an integer, got {num_classes!r}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes: expected 0 or more, got {num_classes}")
+
+
 def _check_drop_rate(drop_rate: float) -> None:
+    _check_number("drop_rate", drop_rate)
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

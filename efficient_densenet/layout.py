@@ -58,12 +58,14 @@ def convolution_is_channels_last(
 
 
 def plain_formats(
-    x: Tensor, convolutions: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+    x: Tensor, convolutions: Sequence[Sequence[Tensor]], dtype: torch.dtype
 ) -> list[bool]:
     """Whether the new features of each dense layer are channels-last in the plain composition."""
     concatenation, formats = is_channels_last(x), []
-    for conv1, conv2 in convolutions:
-        bottleneck = convolution_is_channels_last(x, concatenation, conv1, dtype)
-        formats.append(convolution_is_channels_last(x, bottleneck, conv2, dtype))
+    for weights in convolutions:
+        new = concatenation
+        for weight in weights:
+            new = convolution_is_channels_last(x, new, weight, dtype)
+        formats.append(new)
         concatenation = concatenation and formats[-1]
     return formats

@@ -632,10 +632,171 @@ def test_trains(device):
     assert losses[-1] < losses[0] / 1.5
 
 
+# ------------------------------------------------------------------------------------------------
+# Options
+
+
+def assert_same_step(plain, efficient, x):
+    """Result, gradients and statistics, in training and then in evaluation."""
+    (y, gradients), (y_efficient, gradients_efficient) = step(plain, x), step(efficient, x)
+    torch.testing.assert_close(y_efficient, y)
+    torch.testing.assert_close(gradients_efficient, gradients)
+    torch.testing.assert_close(dict(efficient.state_dict()), dict(plain.state_dict()))
+    with torch.no_grad():
+        torch.testing.assert_close(efficient.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("settings", [{}, dict(small_inputs=False), dict(drop_rate=0.3)], ids=str)
+@pytest.mark.parametrize("bn_size", [4, None])
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_spatial_dims_and_no_bottleneck(device, spatial_dims, bn_size, settings):
+    plain, efficient = pair(device, spatial_dims=spatial_dims, bn_size=bn_size, **settings)
+    size = 35 if "small_inputs" in settings else 9
+    x = torch.randn(2, 3, *[size] * spatial_dims, dtype=torch.float64, device=device)
+    assert_same_step(plain, efficient, x)
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_one_call_per_block_in_all_dimensions(device, spatial_dims):
+    """Transitions and the last norm included: nothing is left for concat_bn_relu."""
+    _, efficient = pair(device, spatial_dims=spatial_dims)
+    x = torch.randn(2, 3, *[8] * spatial_dims, dtype=torch.float64, device=device)
+    found = calls(efficient, x)
+    assert found["dense_block"] == 3 and found["concat_bn_relu"] == 0
+
+
+def test_no_bottleneck():
+    """The network with k=12 and L=40 of the paper's table 2."""
+    settings = dict(bn_size=None, compression=1, num_init_features=16, block_config=(12, 12, 12))
+    with torch.device("meta"):
+        model = DenseNet(**settings)
+    assert sum(p.numel() for p in model.parameters()) == 1_019_722
+    names = [name for name, _ in model.features.denseblock1.denselayer1.named_children()]
+    assert names == ["norm1", "relu1", "conv2"]
+    block = DenseBlock(2, 8, 4, bn_size=None)
+    x = torch.randn(2, 8, 5, 5)
+    assert block.why_not_fused(x) == "denselayer1: no bottleneck (bn_size=None)"
+    assert block.kernel_path(x) == "layer by layer: denselayer1: no bottleneck (bn_size=None)"
+
+
+def test_memory_without_bottleneck_is_linear_in_depth(device):
+    x = images(device, torch.float32, size=16)
+
+    def kept(layers, efficient):
+        model = DenseNet(4, (layers,), bn_size=None, efficient=efficient).to(device)
+        return kept_bytes(lambda: model(x), model.parameters())
+
+    efficient, plain = [[kept(n, e) for n in (8, 16, 24)] for e in (True, False)]
+    assert efficient[2] - efficient[1] < 1.1 * (efficient[1] - efficient[0])
+    assert plain[2] - plain[1] > 1.3 * (plain[1] - plain[0])
+
+
+@pytest.mark.parametrize("small_inputs, size", [(True, 8), (False, 64)])
+def test_in_chans(device, small_inputs, size):
+    plain, efficient = pair(device, in_chans=1, small_inputs=small_inputs)
+    assert efficient.features.conv0.in_channels == 1
+    assert_same_step(plain, efficient, images(device, size=size)[:, :1])
+
+
+MAPS = {  # channels and sizes
+    False: [(8, 32), (20, 16), (18, 8), (17, 4)],  # images of 64
+    True: [(20, 16), (18, 8), (17, 4)],  # images of 16
+}
+
+
+@pytest.mark.parametrize("settings", [{}, dict(bn_size=None), dict(drop_rate=0.3)], ids=str)
+@pytest.mark.parametrize("small_inputs", [True, False])
+def test_forward_intermediates(device, small_inputs, settings):
+    """The same maps, and gradients through all of them, and the network's own last one."""
+    found = []
+    for model in pair(device, small_inputs=small_inputs, **settings):
+        torch.manual_seed(1)
+        x = images(device, n=2, size=16 if small_inputs else 64)
+        torch.manual_seed(2)
+        last, maps = model.forward_intermediates(x)
+        assert maps[-1] is last
+        assert [tuple(m.shape) for m in maps] == [(2, c, s, s) for c, s in MAPS[small_inputs]]
+        torch.stack([m.square().mean() for m in maps]).sum().backward()
+        gradients = {n: p.grad for n, p in model.features.named_parameters()}
+        found.append((maps, gradients, dict(model.state_dict())))
+        model.eval()
+        last, _ = model.forward_intermediates(x)
+        torch.testing.assert_close(model.forward_features(x), last)
+        pooled = last.mean((2, 3))
+        torch.testing.assert_close(model(x), model.classifier(pooled))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_reset_classifier(device):
+    plain, model = pair(device)
+    model.eval().reset_classifier(7)
+    assert not model.classifier.training and not model.classifier.bias.any()
+    x = images(device, size=8)
+    assert model(x).shape == (4, 7) and model(x).dtype == torch.float64
+    model.reset_classifier(0)
+    assert not list(model.classifier.parameters())
+    torch.testing.assert_close(model(x), model.forward_features(x).mean((2, 3)))
+    assert model(x).shape == (4, model.num_features)
+    model.reset_classifier(5)
+    model.load_state_dict(plain.state_dict())
+    assert list(DenseNet(**SMALL | dict(num_classes=0)).state_dict()) == [
+        name for name in plain.state_dict() if "classifier" not in name
+    ]
+
+
+@pytest.mark.parametrize(
+    "num_classes, error, message",
+    [
+        (-1, ValueError, "num_classes: expected 0 or more, got -1"),
+        (2.0, TypeError, "num_classes: expected an integer, got 2.0"),
+    ],
+)
+def test_wrong_number_of_classes(num_classes, error, message):
+    with pytest.raises(error, match=message):
+        DenseNet(num_classes=num_classes)
+    model = DenseNet(**SMALL)
+    classifier = model.classifier
+    with pytest.raises(error, match=message):
+        model.reset_classifier(num_classes)
+    assert model.classifier is classifier
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+@pytest.mark.parametrize("method", ["forward", "forward_features", "forward_intermediates"])
+def test_wrong_images(efficient, method):
+    model = DenseNet(**SMALL, efficient=efficient)
+    message = r"x: expected \[N, C, \*spatial\] with 2 spatial dimensions, got shape \[3, 8, 8\]"
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(torch.ones(3, 8, 8))
+    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+        getattr(model, method)([1])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(growth_rate=1.5), "growth_rate: expected a positive integer, got 1.5"),
+        (dict(bn_size="4"), "bn_size: expected a positive integer, got '4'"),
+        (dict(in_chans=True), "in_chans: expected a positive integer, got True"),
+        (dict(block_config=3), "block_config: expected at least one positive integer, got 3"),
+        (dict(block_config=(2, "3")), "block_config: expected at least one positive integer"),
+        (dict(compression=None), "compression: expected a number, got None"),
+        (dict(drop_rate="0.1"), "drop_rate: expected a number, got '0.1'"),
+    ],
+)
+def test_arguments_of_wrong_types(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        DenseNet(**wrong)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
         (dict(compression=0), r"compression: expected a number in \(0, 1\], got 0"),
+        (dict(compression=1e-3), "compression: expected to keep .* 216 channels of transition1"),
+        (dict(bn_size=0), "bn_size: expected a positive integer, got 0"),
+        (dict(in_chans=0), "in_chans: expected a positive integer, got 0"),
+        (dict(spatial_dims=4), r"spatial_dims: expected one of \(1, 2, 3\), got 4"),
         (dict(compression=1.5), r"compression: expected a number in \(0, 1\], got 1.5"),
         (dict(drop_rate=1), r"drop_rate: expected a number in \[0, 1\), got 1"),
         (dict(growth_rate=0), "growth_rate: expected a positive integer, got 0"),
