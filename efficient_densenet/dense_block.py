@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,8 @@ def dense_block(
         TypeError, ValueError: an argument is wrong; nothing was changed.
         torch.OutOfMemoryError: running statistics are as before.
     """
-    return Plan(x, layers, drop_rate, recompute).run(x)
+    result: Tensor = Plan(x, layers, drop_rate, recompute).run(x)
+    return result
 
 
 class Plan:
@@ -148,7 +149,7 @@ class Plan:
             tensor is not None and tensor.requires_grad for tensor in (x, *self.parameters)
         )
         if keeps:
-            result = _DenseBlock.apply(self, x, *self.parameters)
+            result: Tensor = _DenseBlock.apply(self, x, *self.parameters)
         else:
             with torch.no_grad():
                 result = _forward(self, x, keeps=False).result
@@ -158,8 +159,26 @@ class Plan:
     def conv1x1(self, device: torch.device) -> Conv1x1:
         return choose_conv1x1(device, self.dtype, self.channels, self.bottleneck)
 
-    def why_not_tensor_cores(self, device: torch.device) -> str | None:
-        return why_not_tensor_cores(device, self.dtype, self.channels, self.bottleneck)
+    def kernel_path(self, device: torch.device) -> str:
+        """See :meth:`efficient_densenet.DenseBlock.kernel_path`."""
+        path = self.conv1x1(device)
+        if path == Conv1x1.TENSOR_CORES:
+            return "tensor cores"
+        name = "matrix products" if path == Conv1x1.PRODUCT else "convolutions"
+        why = why_not_tensor_cores(device, self.dtype, self.channels, self.bottleneck)
+        return f"{name}: {why}"
+
+    def kept_bytes(self, rows: int) -> tuple[int, int]:
+        """Kept for the backward pass with so many pixels of all images: here, and by plain modules.
+
+        The result counts in both. Plain modules keep what each norm and each convolution reads.
+        """
+        layers, size = len(self.layers), self.dtype.itemsize
+        read = sum(self.norm_channels[:layers]) + layers * self.bottleneck
+        bottlenecks = layers * self.bottleneck if self.keeps_bottlenecks else 0
+        statistics = 2 * 8 * (self.channels + layers * self.bottleneck)
+        kept = rows * size * (self.channels + bottlenecks) + statistics
+        return kept, rows * size * (2 * read + self.channels)
 
     def count_batch(self) -> None:
         """What an empty batch changes."""
@@ -214,7 +233,7 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
     return _Forward(result, kept)
 
 
-def _settings(plan: Plan, kept: _Kept) -> tuple:
+def _settings(plan: Plan, kept: _Kept) -> tuple[Any, ...]:
     """What both operators take alike, in their order."""
     scale, conv1x1 = 1 / (1 - plan.drop_rate), plan.conv1x1(kept.features.device)
     return (
@@ -226,7 +245,7 @@ class _DenseBlock(torch.autograd.Function):
     """Saves the features, per-channel numbers and, if asked to, bottlenecks; and the weights."""
 
     @staticmethod
-    def forward(ctx, plan, x, *parameters):
+    def forward(ctx: Any, plan: Plan, x: Tensor, *parameters: Tensor | None) -> Tensor:
         result, kept = _forward(plan, x, keeps=True)
         ctx.plan = plan
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -236,7 +255,7 @@ class _DenseBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_result):
+    def backward(ctx: Any, grad_result: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_result is None:
             return (None,) * len(ctx.needs_input_grad)
         plan, needed, saved = ctx.plan, ctx.needs_input_grad[1:], ctx.saved_tensors
@@ -252,9 +271,10 @@ class _DenseBlock(torch.autograd.Function):
 
 
 def _backward(
-    ctx, saved: Sequence[Tensor | None], grad_result: Tensor, needed: Sequence[bool]
+    ctx: Any, saved: Sequence[Any], grad_result: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    plan, layers = ctx.plan, len(ctx.plan.layers)
+    plan: Plan = ctx.plan
+    layers = len(plan.layers)
     kept = _Kept(*saved[: -2 * layers])
     # Packed again, so that only one block's copies exist at a time.
     conv1 = _pack_conv1(saved[-2 * layers : -layers], plan.dtype)
@@ -304,7 +324,7 @@ def _pack_norms(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if plan.frozen_norms:
         used = [plan.norms[i] for i in plan.frozen_norms]
         running = [*(norm.running_mean for norm in used), *(norm.running_var for norm in used)]
-        frozen = torch.cat(running).to(torch.float64).view(2, -1)
+        frozen = torch.cat([t for t in running if t is not None]).to(torch.float64).view(2, -1)
     return torch.cat(affine).to(wide).view(2, -1), frozen
 
 
@@ -331,12 +351,14 @@ def _unpack_gradients(
     """The gradients of the parameters, each with the dtype and memory format of its own."""
     dtype = next((p.dtype for p in (*plan.weights, *plan.biases) if p is not None), None)
     rows = grad_affine if dtype is None else grad_affine.to(dtype)
-    gradients = [*rows[0].split(plan.norm_channels), *rows[1].split(plan.norm_channels)]
+    gradients: list[Tensor | None] = []
+    for row in rows.unbind(0):
+        gradients += torch.split(row, plan.norm_channels)
     if grad_conv1 is None:
         gradients += [None] * len(plan.conv1)
     else:
         sizes = [weight.numel() for weight in plan.conv1]
-        parts = grad_conv1.to(plan.conv1[0].dtype).split(sizes)
+        parts = torch.split(grad_conv1.to(plan.conv1[0].dtype), sizes)
         gradients += [part.view(w.shape) for part, w in zip(parts, plan.conv1, strict=True)]
     if grad_conv2 is None:
         gradients += [None] * len(plan.conv2)
@@ -396,10 +418,10 @@ def _dropout_mask(plan: Plan, x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("efficient_densenet::dense_block")
-def _(*args):
+def _(*arguments: object) -> None:
     return None
 
 
 @torch.library.register_fake("efficient_densenet::dense_block_backward")
-def _(*args):
+def _(*arguments: object) -> None:
     return None
