@@ -11,8 +11,10 @@ one random batch. Each row runs in a process of its own and is
     ours-features  DenseNet(efficient=True, recompute="features")
     plain          DenseNet(efficient=False)
     checkpoint     plain, dense layers checkpointed (checkpointed.py)
-    torchvision    torchvision's DenseNet; torchvision-me with memory_efficient=True
-    timm           timm's DenseNet; timm-me with memory_efficient=True
+    torchvision    torchvision's DenseNet; torchvision-me with memory_efficient=True,
+                   torchvision-converted by efficient_densenet.convert
+    timm           timm's DenseNet; timm-me and timm-converted likewise
+    monai          MONAI's DenseNet, in 2 or 3 dimensions; monai-converted likewise
     compile        torch.compile of plain; compile-budget with activation_memory_budget=0.2
 
 on the same weights and images. For 32x32 images, the stem of torchvision and timm is replaced by
@@ -42,6 +44,7 @@ import functools
 import gc
 import itertools
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -54,6 +57,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
+import efficient_densenet
 from common import (
     DENSENETS,
     RESULTS,
@@ -79,6 +83,7 @@ class Network:
     block_config: tuple[int, ...]
     num_init_features: int
     small_inputs: bool = False
+    spatial_dims: int = 2
 
     @property
     def settings(self) -> dict:
@@ -89,8 +94,11 @@ class Network:
         return 10 if self.small_inputs else 1000
 
     @property
-    def size(self) -> int:
-        return 32 if self.small_inputs else 224
+    def sizes(self) -> tuple[int, ...]:
+        """Of an image."""
+        return (
+            {2: 32 if self.small_inputs else 224, 3: 96}[self.spatial_dims],
+        ) * self.spatial_dims
 
 
 NETWORKS = {
@@ -100,6 +108,7 @@ NETWORKS = {
     "densenet121": Network(32, (6, 12, 24, 16), 64),
     "densenet201": Network(32, (6, 12, 48, 32), 64),
     "densenet264": Network(48, (6, 12, 64, 48), 96),
+    "densenet121-3d": Network(32, (6, 12, 24, 16), 64, spatial_dims=3),  # 96^3 voxels
 }
 
 
@@ -117,6 +126,11 @@ class Precision:
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     memory_format: torch.memory_format = torch.channels_last
+
+    def format_of(self, images: Tensor) -> torch.memory_format:
+        """`memory_format` for as many dimensions as the images have."""
+        is_3d = images.dim() == 5 and self.memory_format == torch.channels_last
+        return torch.channels_last_3d if is_3d else self.memory_format
 
 
 PRECISIONS = {
@@ -138,35 +152,74 @@ PUBLISHED = [
 # ------------------------------------------------------------------------------------- networks
 
 
-def as_ours(build: Callable[..., nn.Module], small_inputs: bool, **settings) -> nn.Module:
-    """A DenseNet of torchvision or timm with the stem and the weights of plain."""
-    plain = DENSENETS["plain"](small_inputs=small_inputs, **settings)  # first: as the seed has it
-    theirs = build(**settings)
+def as_ours(
+    build: Callable[..., nn.Module],
+    name_of: Callable[[str], str],
+    small_inputs: bool,
+    spatial_dims: int,
+    **settings,
+) -> nn.Module:
+    """A DenseNet of another library with the stem and the weights of plain; `name_of` a weight."""
+    plain = DENSENETS["plain"](  # first: as the seed has it
+        small_inputs=small_inputs, spatial_dims=spatial_dims, **settings
+    )
+    theirs = build(spatial_dims=spatial_dims, **settings)
     if small_inputs:
         stem = nn.Conv2d(3, settings["num_init_features"], kernel_size=3, padding=1, bias=False)
         theirs.features.conv0 = stem
         for name in ("norm0", "relu0", "pool0"):
             if hasattr(theirs.features, name):  # timm's norm0 holds the ReLU
                 setattr(theirs.features, name, nn.Identity())
-    state = plain.state_dict()
-    theirs.load_state_dict({name.replace("norm_final", "norm5"): x for name, x in state.items()})
+    theirs.load_state_dict({name_of(name): x for name, x in plain.state_dict().items()})
     return theirs
+
+
+def torchvisions_name(name: str) -> str:
+    return name.replace("norm_final", "norm5")
+
+
+def monais_name(name: str) -> str:
+    name = torchvisions_name(name).replace("classifier.", "class_layers.out.")
+    return re.sub(r"(denselayer[0-9]+)\.", r"\1.layers.", name)
+
+
+def only_images(library: str, spatial_dims: int) -> None:
+    if spatial_dims != 2:
+        raise NotTimed(f"{library} has DenseNets for images only")
 
 
 def torchvision_densenet(memory_efficient: bool, **settings) -> nn.Module:
     from torchvision.models import DenseNet  # imports are slow: only where a row needs them
 
-    return as_ours(functools.partial(DenseNet, memory_efficient=memory_efficient), **settings)
+    def build(spatial_dims: int, **settings) -> nn.Module:
+        only_images("torchvision", spatial_dims)
+        return DenseNet(memory_efficient=memory_efficient, **settings)
+
+    return as_ours(build, torchvisions_name, **settings)
 
 
 def timm_densenet(memory_efficient: bool, **settings) -> nn.Module:
     from timm.models.densenet import DenseNet
 
-    def build(num_init_features: int, **settings) -> nn.Module:
+    def build(spatial_dims: int, num_init_features: int, **settings) -> nn.Module:
+        only_images("timm", spatial_dims)
         # Its stem always has two growth rates of channels; loading the weights checks that.
         return DenseNet(memory_efficient=memory_efficient, **settings)
 
-    return as_ours(build, **settings)
+    return as_ours(build, torchvisions_name, **settings)
+
+
+def monai_densenet(**settings) -> nn.Module:
+    from monai.networks.nets import DenseNet
+
+    def build(spatial_dims: int, num_init_features: int, num_classes: int, **settings):
+        return DenseNet(spatial_dims, 3, num_classes, init_features=num_init_features, **settings)
+
+    return as_ours(build, monais_name, **settings)
+
+
+def converted(build: Callable[..., nn.Module], **settings) -> nn.Module:
+    return efficient_densenet.convert(build(**settings), strict=True)
 
 
 def compiled_densenet(activation_memory_budget: float, **settings) -> nn.Module:
@@ -176,12 +229,18 @@ def compiled_densenet(activation_memory_budget: float, **settings) -> nn.Module:
     return torch.compile(DENSENETS["plain"](**settings))
 
 
+TORCHVISION = functools.partial(torchvision_densenet, False)
+TIMM = functools.partial(timm_densenet, False)
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **DENSENETS,
-    "torchvision": functools.partial(torchvision_densenet, False),
+    "torchvision": TORCHVISION,
     "torchvision-me": functools.partial(torchvision_densenet, True),
-    "timm": functools.partial(timm_densenet, False),
+    "torchvision-converted": functools.partial(converted, TORCHVISION),
+    "timm": TIMM,
     "timm-me": functools.partial(timm_densenet, True),
+    "timm-converted": functools.partial(converted, TIMM),
+    "monai": monai_densenet,
+    "monai-converted": functools.partial(converted, monai_densenet),
     "compile": functools.partial(compiled_densenet, 1.0),
     "compile-budget": functools.partial(compiled_densenet, 0.2),
 }
@@ -239,11 +298,12 @@ def train_step(job: Job, row: str) -> TrainStep:
     network, precision = NETWORKS[job.config], PRECISIONS[job.precision]
     torch.manual_seed(0)
     model = MODELS[row](**network.settings)
-    model.to(job.device, precision.dtype, memory_format=precision.memory_format)
     torch.manual_seed(1)  # a model may draw more numbers than its weights need
-    images = torch.randn(job.batch, 3, network.size, network.size)
+    images = torch.randn(job.batch, 3, *network.sizes)
     target = torch.randint(network.num_classes, (job.batch,)).to(job.device)
-    images = images.to(job.device, precision.dtype, memory_format=precision.memory_format)
+    memory_format = precision.format_of(images)
+    model.to(job.device, precision.dtype, memory_format=memory_format)
+    images = images.to(job.device, precision.dtype, memory_format=memory_format)
     return TrainStep(model, images, target, precision.autocast)
 
 

@@ -1,0 +1,531 @@
+"""Makes the DenseNets of other libraries run in linear memory, without touching their parameters.
+
+:func:`convert` changes the class of dense blocks, and of the ``nn.Sequential`` that holds them, to
+a subclass that runs :mod:`efficient_densenet.dense_block`. Every module, parameter, buffer and name
+stays the same object, so optimizers, checkpoints and copies of the weights go on working, and
+:func:`revert` is the change back. A block that the operator does not compute exactly (see
+:meth:`DenseBlock.why_not_fused <efficient_densenet.DenseBlock.why_not_fused>`) runs as it did, and
+so does everything else.
+
+Known are the dense blocks of torchvision, timm, MONAI (1-d to 3-d), torchxrayvision and of copies
+of the original efficient_densenet_pytorch. None of these is imported here: a class is known by its
+module and name, and its parts by theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from . import functional
+from ._arguments import RECOMPUTE, computed_dtype
+from .batch_norm import BatchNorm
+from .dense_block import DenseLayer, Plan
+from .densenet import (
+    _BATCH_NORMS,
+    _batch_norm,
+    _check_choice,
+    _fused_bn_relu,
+    _in_format,
+    _Plans,
+    _State,
+    _why_called,
+    _why_not_convolution,
+)
+from .layout import is_channels_last, plain_formats
+
+_logger = logging.getLogger("efficient_densenet")
+_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_DROPOUTS = (nn.Dropout,)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the libraries' modules are made of
+
+
+class _Layer(NamedTuple):
+    """The parts of a dense layer. A ReLU of None is inside the norm (timm)."""
+
+    whole: nn.Module
+    norm1: nn.Module
+    relu1: nn.Module | None
+    conv1: Any  # modules with a weight
+    norm2: nn.Module
+    relu2: nn.Module | None
+    conv2: Any
+    drop_rate: float
+    drops: bool  # in training mode
+    containers: tuple[nn.Module, ...] = ()  # between the layer and its parts
+    other: str | None = None  # what else the layer does
+
+
+class _Library(NamedTuple):
+    """Where a library has its dense blocks, and the names of their classes."""
+
+    name: str
+    module: str | None  # None: anywhere, for a file that is copied
+    block: str
+    layer: str
+    transition: str
+    read: Callable[[nn.Module], _Layer]
+
+    def has_block(self, module: nn.Module) -> bool:
+        return self._is(_original(module), self.block)
+
+    def has_layer(self, module: nn.Module) -> bool:
+        return self._is(type(module), self.layer)
+
+    def has_transition(self, module: nn.Module) -> bool:
+        return self._is(type(module), self.transition)
+
+    def _is(self, kind: type, name: str) -> bool:
+        return kind.__qualname__ == name and self.module in (None, kind.__module__)
+
+
+def _read_attributes(layer: Any) -> _Layer:
+    return _Layer(
+        layer, layer.norm1, layer.relu1, layer.conv1, layer.norm2, layer.relu2, layer.conv2,
+        float(layer.drop_rate), layer.training,
+    )  # fmt: skip
+
+
+def _read_timm(layer: Any) -> _Layer:
+    return _Layer(
+        layer, layer.norm1, None, layer.conv1, layer.norm2, None, layer.conv2,
+        float(layer.drop_rate), layer.training,
+    )  # fmt: skip
+
+
+def _read_monai(layer: Any) -> _Layer:
+    parts = layer.layers
+    dropout = getattr(parts, "dropout", None)
+    other = None
+    if dropout is not None and type(dropout) not in _DROPOUTS:
+        # Whole channels are dropped, whose masks are not those of the operator.
+        other = f"drops out with {type(dropout).__name__}"
+    return _Layer(
+        layer, parts.norm1, parts.relu1, parts.conv1, parts.norm2, parts.relu2, parts.conv2,
+        0.0 if dropout is None else float(dropout.p), dropout is not None and dropout.training,
+        containers=(parts,) if dropout is None else (parts, dropout), other=other,
+    )  # fmt: skip
+
+
+_LIBRARIES = (
+    _Library(
+        "torchvision", "torchvision.models.densenet", "_DenseBlock", "_DenseLayer", "_Transition",
+        _read_attributes,
+    ),
+    _Library(
+        "timm", "timm.models.densenet", "DenseBlock", "DenseLayer", "DenseTransition", _read_timm
+    ),
+    _Library(
+        "MONAI", "monai.networks.nets.densenet", "_DenseBlock", "_DenseLayer", "_Transition",
+        _read_monai,
+    ),
+    _Library(
+        "torchxrayvision", "torchxrayvision.models", "_DenseBlock", "_DenseLayer", "_Transition",
+        _read_attributes,
+    ),
+    # Last: its classes are known by their names alone, and by what is in them.
+    _Library(
+        "efficient_densenet_pytorch", None, "_DenseBlock", "_DenseLayer", "_Transition",
+        _read_attributes,
+    ),
+)  # fmt: skip
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was converted."""
+    return module.original if isinstance(module, _Converted) else type(module)
+
+
+def _library_of(module: nn.Module) -> _Library | None:
+    """The library whose dense block this is."""
+    for library in _LIBRARIES:
+        if library.has_block(module):
+            layers = list(module.children())
+            if layers and all(map(library.has_layer, layers)):
+                return library
+    return None
+
+
+def _layers_of(library: _Library, block: nn.Module) -> list[_Layer]:
+    """Raises AttributeError where a layer has other parts."""
+    return [library.read(layer) for layer in block.children()]
+
+
+# ------------------------------------------------------------------------------------------------
+# What may run fused. Each function returns why not, or None.
+
+
+def _why_not_norm(norm: Any, relu: nn.Module | None) -> str | None:
+    """Batch norm and ReLU as two modules, or timm's BatchNormAct2d."""
+    if relu is not None:
+        why = _why_called(norm, *_BATCH_NORMS.values())
+        if why is not None:
+            return f"norm {why}"
+        why = _why_called(relu, nn.ReLU)
+        return None if why is None else f"activation {why}"
+    if type(norm).__name__ != "BatchNormAct2d" or not issubclass(type(norm), nn.BatchNorm2d):
+        return f"norm is {type(norm).__name__}"
+    for module, expected in ((norm, type(norm)), (norm.act, nn.ReLU), (norm.drop, nn.Identity)):
+        why = _why_called(module, expected)
+        if why is not None:
+            return f"norm or its {expected.__name__} {why}"
+    return None
+
+
+def _why_not_layer(layer: _Layer) -> str | None:
+    """Of its structure alone."""
+    if layer.other is not None:
+        return layer.other
+    for module in (layer.whole, *layer.containers):
+        why = _why_called(module, type(module))
+        if why is not None:
+            return f"layer {why}"
+    for norm, relu in ((layer.norm1, layer.relu1), (layer.norm2, layer.relu2)):
+        why = _why_not_norm(norm, relu)
+        if why is not None:
+            return why
+    return None
+
+
+def _why_not_structure(module: nn.Module) -> str | None:
+    """Why a dense block cannot run fused, whatever its input."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted"
+    library = _library_of(module)
+    if library is None:
+        return "is not a dense block of a known library"
+    try:
+        layers = _layers_of(library, module)
+    except AttributeError as error:
+        return f"has other parts: {error}"
+    first = layers[0]
+    for name, layer in zip(dict(module.named_children()), layers, strict=True):
+        why = _why_not_layer(layer)
+        if why is not None:
+            return f"{name}: {why}"
+        weight = getattr(layer.conv2, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            return f"{name}: conv2 has no weight of its own"
+        if weight.shape != first.conv2.weight.shape:
+            return f"{name}: other numbers of channels than the first layer"
+        if (layer.drop_rate, layer.drops) != (first.drop_rate, first.drops):
+            return f"{name}: other dropout or mode than the first layer"
+    return None
+
+
+def _why_not_block(block: nn.Module, x: Tensor) -> str | None:
+    """Why a dense block does not run fused on an input."""
+    why = _why_not_structure(block)
+    if why is not None:
+        return why
+    if not x.is_floating_point() or not 3 <= x.dim() <= 5:
+        return f"the input has {x.dtype} and {x.dim()} dimensions"
+    library = _library_of(block)
+    assert library is not None
+    for name, layer in zip(dict(block.named_children()), _layers_of(library, block), strict=True):
+        for conv, pointwise in ((layer.conv1, True), (layer.conv2, False)):
+            why = _why_not_convolution(conv, x, pointwise)
+            if why is not None:
+                return f"{name}: {why}"
+    return None
+
+
+def _why_not_transition(transition: Any, x: Tensor) -> str | None:
+    """Why a transition does not run with the block before it."""
+    if not any(library.has_transition(transition) for library in _LIBRARIES):
+        return f"is {type(transition).__name__}"
+    why = _why_called(transition, type(transition))
+    if why is not None:
+        return why
+    parts: dict[str, Any] = dict(transition.named_children())
+    if list(parts) not in (["norm", "relu", "conv", "pool"], ["norm", "conv", "pool"]):
+        return f"has parts {', '.join(parts)}"
+    pool = parts["pool"]
+    why = _why_called(pool, *_POOLS.values())
+    if why is not None:
+        return f"pool {why}"
+    dims = x.dim() - 2
+
+    def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * dims
+
+    if (each(pool.kernel_size), each(pool.stride), each(pool.padding)) != (
+        (2,) * dims,
+        (2,) * dims,
+        (0,) * dims,
+    ) or pool.ceil_mode:
+        return "pool is not over windows of 2 with stride 2"
+    if getattr(pool, "divisor_override", None) is not None or min(x.shape[2:]) < 2:
+        return "pool divides otherwise, or its input is too small"
+    return _why_not_norm(parts["norm"], parts.get("relu")) or _why_not_convolution(
+        parts["conv"], x, pointwise=True
+    )
+
+
+def _is_traced(x: object) -> bool:
+    """Whether somebody records what the modules do, and so wants those of the library."""
+    return (
+        not isinstance(x, Tensor)
+        or isinstance(x, torch.fx.Proxy)
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch.compiler.is_compiling()
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Converted modules
+
+
+class _Settings:
+    """What a converted block keeps besides the library's own attributes.
+
+    `copies`: the next module writes to the block's output, which autograd needs as it is.
+    """
+
+    def __init__(self, recompute: str, copies: bool) -> None:
+        self.recompute = recompute
+        self.copies = copies
+        self.plans = _Plans()
+
+
+class _Converted(nn.Module):
+    """A module of another class, whose instances are of a subclass of both.
+
+    The subclass is made when it is needed, so pickles name the original class instead.
+    """
+
+    original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_converted, (type(self).original, type(self).__mro__[1]), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script, which puts what this returns in the module's place for good."""
+        _logger.info("%s: reverted, for torch.jit.script", type(self).__name__)
+        _revert_one(self)
+        return self
+
+
+class _ConvertedBlock(_Converted):
+    """Runs as one operator where it can, else as the library's block."""
+
+    _efficient_densenet: _Settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return self._traced(x)
+        plan = None if _is_traced(x) else self.plan(x)
+        if plan is None:
+            forward: Callable[[nn.Module, Tensor], Tensor] = self.original.forward
+            return forward(self, x)
+        result = _in_plain_format(plan, x, plan.run(x))
+        return result.clone() if self._efficient_densenet.copies else result
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """For a compiler: one operator that it can look around."""
+        if _why_not_block(self, x) is not None:
+            forward: Callable[[nn.Module, Tensor], Tensor] = self.original.forward
+            return forward(self, x)
+        tensors, drop_rate = self._tensors()
+        settings = self._efficient_densenet
+        result = functional.dense_block(x, tensors, drop_rate, settings.recompute)
+        return result.clone() if settings.copies else result
+
+    def _tensors(self) -> tuple[list[DenseLayer], float]:
+        """Those of the layers, and the rate of dropout."""
+        library = _library_of(self)
+        assert library is not None
+        layers = _layers_of(library, self)
+        tensors = [
+            DenseLayer(
+                _batch_norm(layer.norm1),
+                layer.conv1.weight,
+                _batch_norm(layer.norm2),
+                layer.conv2.weight,
+            )
+            for layer in layers
+        ]
+        return tensors, layers[0].drop_rate if layers[0].drops else 0.0
+
+    def plan(self, x: Tensor, reader: Any = None) -> Plan | None:
+        """As :meth:`DenseBlock.plan <efficient_densenet.DenseBlock.plan>`."""
+        settings = self._efficient_densenet
+        state = _State(x, self, reader)
+        return settings.plans.get(reader is None, state, lambda: self._new_plan(x, reader))
+
+    def _new_plan(self, x: Tensor, reader: Any) -> Plan | None:
+        if _why_not_block(self, x) is not None:
+            return None
+        # Somebody listens to what is between block and reader.
+        if reader is not None and (
+            _why_called(self, type(self)) is not None or _why_not_transition(reader, x) is not None
+        ):
+            return None
+        tensors, drop_rate = self._tensors()
+        norm: BatchNorm | None = None if reader is None else _batch_norm(reader.norm)
+        recompute = self._efficient_densenet.recompute
+        return Plan(x, tensors, drop_rate, recompute, norm, pool=norm is not None)
+
+
+class _ConvertedSequential(_Converted):
+    """Runs a block and the transition behind it as one, and does not keep the stem's BN-ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_traced(x):
+            forward: Callable[[nn.Module, Tensor], Tensor] = self.original.forward
+            return forward(self, x)
+        modules: list[Any] = list(self.children())
+        while modules:
+            module = modules.pop(0)
+            following = modules[0] if modules else None
+            if isinstance(module, _ConvertedBlock) and following is not None:
+                plan = module.plan(x, following)
+                # With dropout, formats between the two matter for the masks of the next block.
+                if plan is not None and plan.drop_rate == 0:
+                    x = modules.pop(0).conv(plan.run(x))
+                    continue
+            elif len(modules) > 1 and _is_norm_relu(module, following, x):
+                modules.pop(0)
+                x = _fused_bn_relu(module, modules.pop(0), [x])
+                continue
+            x = module(x)
+        return x
+
+
+def _is_norm_relu(norm: nn.Module, relu: nn.Module | None, x: Tensor) -> bool:
+    return x.is_floating_point() and relu is not None and _why_not_norm(norm, relu) is None
+
+
+def _in_plain_format(plan: Plan, x: Tensor, result: Tensor) -> Tensor:
+    """With dropout, the result in the format that the library's block gives it.
+
+    F.dropout draws in the order of memory, so the next block's masks depend on it.
+    """
+    if plan.drop_rate == 0:
+        return result
+    weights = [(layer.conv1, layer.conv2) for layer in plan.layers]
+    channels_last = is_channels_last(x) and all(plain_formats(x, weights, computed_dtype(x)))
+    return _in_format(result, channels_last)
+
+
+def _converted_class(original: Any, mixin: Any) -> Any:
+    return _make_class((original, mixin))
+
+
+@functools.cache
+def _make_class(parts: tuple[Any, Any]) -> Any:
+    original, mixin = parts
+    return type(original.__name__, (mixin, original), {"original": original})
+
+
+def _new_converted(original: type[nn.Module], mixin: type[_Converted]) -> nn.Module:
+    """For pickles and copies: an empty instance."""
+    kind = _converted_class(original, mixin)
+    module: nn.Module = kind.__new__(kind)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------
+# Converting
+
+
+def convert(
+    model: nn.Module, recompute: str = "bottleneck", inplace: bool = True, strict: bool = False
+) -> nn.Module:
+    """Makes the dense blocks of a model run in memory linear in their depth, and faster.
+
+    Known are the DenseNets of torchvision, timm, MONAI (1-d, 2-d, 3-d), torchxrayvision and copies
+    of efficient_densenet_pytorch, alone or anywhere inside a model. Parameters, buffers, names and
+    results stay; running statistics are updated exactly once per step, also where the library's
+    own checkpointing is on, which is then not used. A transition behind a block runs together with
+    it, and the stem's batch norm and ReLU are not kept. Converting again changes nothing but
+    ``recompute``. Each block is logged (logger ``efficient_densenet``, level INFO).
+
+    A block's output is channels-last and is itself kept for the backward pass; where the next
+    module of a ``nn.Sequential`` works in place, that gets a copy. ``torch.compile`` sees a block
+    as one operator. While a model is traced or exported, it runs as the library wrote it;
+    ``torch.jit.script`` reverts it.
+
+    Args:
+        model: is changed, and returned.
+        recompute: ``"bottleneck"`` or ``"features"``, see :func:`efficient_densenet.dense_block`.
+        inplace: False converts a deep copy instead.
+        strict: a dense block that cannot run fused is an error.
+
+    Raises:
+        ValueError: the model has no dense block of a known library; or, with ``strict``, one that
+            cannot be converted. Nothing was changed.
+    """
+    _check_choice("recompute", recompute, RECOMPUTE)
+    found = dict(_dense_blocks(model))
+    if not found:
+        raise ValueError(
+            f"model: {type(model).__name__} has no dense block of torchvision, timm, MONAI, "
+            "torchxrayvision or efficient_densenet_pytorch"
+        )
+    whys = {name: _why_not_structure(block) for name, block in found.items()}
+    if strict and any(whys.values()):
+        refused = "; ".join(f"{name}: {why}" for name, why in whys.items() if why)
+        raise ValueError(f"model: cannot be converted wholly: {refused}")
+    if not inplace:
+        model = copy.deepcopy(model)
+        found = dict(_dense_blocks(model))
+    followed_by_writers = set(_before_writers(model))
+    for name, block in found.items():
+        if whys[name] is not None:
+            _logger.info("%s: not converted: %s", name, whys[name])
+            continue
+        _logger.info("%s: converted, %d layers", name, len(list(block.children())))
+        block.__class__ = _converted_class(_original(block), _ConvertedBlock)
+        vars(block)["_efficient_densenet"] = _Settings(recompute, block in followed_by_writers)
+    for module in list(model.modules()):
+        if type(module) is nn.Sequential and _holds_blocks(module):
+            module.__class__ = _converted_class(nn.Sequential, _ConvertedSequential)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes :func:`convert`, in place; returns the model. Does nothing to other models."""
+    for module in list(model.modules()):
+        if isinstance(module, _Converted):
+            _revert_one(module)
+    return model
+
+
+def _revert_one(module: Any) -> None:
+    module.__class__ = module.original
+    vars(module).pop("_efficient_densenet", None)
+
+
+def _dense_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if _library_of(module) is not None:
+            yield name or type(module).__name__, module
+
+
+def _before_writers(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules in front of one that works in place, in anything sequential."""
+    for parent in model.modules():
+        if isinstance(parent, nn.Sequential):
+            children = list(parent.children())
+            for module, following in itertools.pairwise(children):
+                if getattr(following, "inplace", False):
+                    yield module
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    return any(isinstance(child, _ConvertedBlock) for child in module.children())

@@ -1,0 +1,525 @@
+"""Converted DenseNets of other libraries: same results, same objects, and what is not converted."""
+
+import copy
+import importlib
+import io
+import logging
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import efficient_densenet
+from efficient_densenet import BlockReport, DenseNet, convert, explain, revert
+from reference import kept_bytes, relative_error
+
+SEED = """
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+class _DenseLayer(nn.Module):
+    def __init__(self, channels, growth_rate, bn_size, drop_rate):
+        super().__init__()
+        self.add_module("norm1", nn.BatchNorm2d(channels))
+        self.add_module("relu1", nn.ReLU(inplace=True))
+        self.add_module("conv1", nn.Conv2d(channels, bn_size * growth_rate, 1, bias=False))
+        self.add_module("norm2", nn.BatchNorm2d(bn_size * growth_rate))
+        self.add_module("relu2", nn.ReLU(inplace=True))
+        conv2 = nn.Conv2d(bn_size * growth_rate, growth_rate, 3, padding=1, bias=False)
+        self.add_module("conv2", conv2)
+        self.drop_rate = drop_rate
+
+    def forward(self, *features):
+        z = self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
+        new = self.conv2(self.relu2(self.norm2(z)))
+        return F.dropout(new, self.drop_rate, self.training) if self.drop_rate > 0 else new
+
+class _DenseBlock(nn.Module):
+    def __init__(self, layers, channels, growth_rate, bn_size, drop_rate):
+        super().__init__()
+        for i in range(layers):
+            layer = _DenseLayer(channels + i * growth_rate, growth_rate, bn_size, drop_rate)
+            self.add_module(f"denselayer{i + 1}", layer)
+
+    def forward(self, x):
+        features = [x]
+        for layer in self.children():
+            features.append(layer(*features))
+        return torch.cat(features, 1)
+
+class _Transition(nn.Sequential):
+    def __init__(self, channels, to):
+        super().__init__()
+        self.add_module("norm", nn.BatchNorm2d(channels))
+        self.add_module("relu", nn.ReLU(inplace=True))
+        self.add_module("conv", nn.Conv2d(channels, to, 1, bias=False))
+        self.add_module("pool", nn.AvgPool2d(2, 2))
+
+class Net(nn.Module):
+    def __init__(self, drop_rate=0.0):
+        super().__init__()
+        self.features = nn.Sequential()
+        self.features.add_module("conv0", nn.Conv2d(3, 8, 3, padding=1, bias=False))
+        self.features.add_module("denseblock1", _DenseBlock(2, 8, 4, 4, drop_rate))
+        self.features.add_module("transition1", _Transition(16, 8))
+        self.features.add_module("denseblock2", _DenseBlock(3, 8, 4, 4, drop_rate))
+        self.features.add_module("norm_final", nn.BatchNorm2d(20))
+        self.classifier = nn.Linear(20, 5)
+
+    def forward(self, x):
+        x = F.relu(self.features(x), inplace=True)
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+"""
+NET = dict(growth_rate=4, block_config=(2, 3, 2), bn_size=4)
+
+
+def library(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(f"needs {name}: {error}")
+
+
+def torchvision(**options):
+    module = library("torchvision.models.densenet")
+    return module.DenseNet(**NET, num_init_features=8, num_classes=5, **options)
+
+
+def timm(**options):
+    module = library("timm.models.densenet")
+    return module.DenseNet(**NET, num_classes=5, **options)
+
+
+def monai(dims=2, **options):
+    module = library("monai.networks.nets.densenet")
+    return module.DenseNet(dims, 3, 5, init_features=8, **NET, **options)
+
+
+def torchxrayvision(**options):
+    module = library("torchxrayvision.models")
+    return module.DenseNet(**NET, num_init_features=8, num_classes=5, in_channels=3, **options)
+
+
+@pytest.fixture
+def seed(monkeypatch):
+    module = types.ModuleType("models_densenet")
+    exec(SEED, module.__dict__)
+    monkeypatch.setitem(sys.modules, "models_densenet", module)
+    return module.Net
+
+
+MODELS = {
+    "torchvision": torchvision,
+    "torchvision memory_efficient": lambda: torchvision(memory_efficient=True),
+    "timm": timm,
+    "timm memory_efficient": lambda: timm(memory_efficient=True),
+    "MONAI 1-d": lambda: monai(1),
+    "MONAI 2-d": monai,
+    "MONAI 3-d": lambda: monai(3),
+    "torchxrayvision": torchxrayvision,
+}
+by_model = pytest.mark.parametrize("name", MODELS)
+BOTH = pytest.mark.parametrize("recompute", ["bottleneck", "features"])
+
+
+def build(name, device="cpu", dtype=torch.float64):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for buffer in model.buffers():
+        if buffer.dtype.is_floating_point and buffer.dim():
+            buffer.uniform_(0.5, 1.5)
+    return model.to(device, dtype)
+
+
+def images(name, device="cpu", dtype=torch.float64):
+    dims = {"MONAI 1-d": 1, "MONAI 3-d": 3}.get(name, 2)
+    torch.manual_seed(1)
+    return torch.randn(2, 3, *[{1: 96, 2: 40, 3: 33}[dims]] * dims).to(device, dtype)
+
+
+def train(model, x, steps=3):
+    """Outputs of SGD steps, and the last gradients."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    results = {}
+    for step in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        y = model(x + step)
+        F.cross_entropy(y, torch.tensor([0, 1], device=x.device)).backward()
+        results[f"y{step}"] = y.detach()
+        optimizer.step()
+    results |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return results | {n: t.detach().clone() for n, t in model.state_dict().items()}
+
+
+def assert_same(ours, expected, limit=1e-8):
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.dtype == torch.int64:
+            assert torch.equal(ours[name], value), name
+        else:
+            scale = value.double().norm()
+            error = (ours[name].double() - value.double()).norm() / max(scale, 1e-6)
+            assert error <= limit, f"{name}: {error:.3g}"
+
+
+def without_checkpointing(model):
+    """The library's own counts every batch twice in the norms that it recomputes."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for attribute in ("memory_efficient", "grad_checkpointing"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, False)
+    return model
+
+
+# Results
+
+
+@by_model
+@BOTH
+def test_training_and_evaluation(device, name, recompute):
+    model, x = build(name, device), images(name, device)
+    expected = train(plain := without_checkpointing(model), x)
+    assert convert(model, recompute=recompute) is model
+    assert_same(train(model, x), expected)
+    assert_same({"y": model.eval()(x)}, {"y": plain.eval()(x)})
+    assert all(report.path.startswith("matrix products") for report in explain(model, x))
+
+
+@BOTH
+def test_the_seeds_layout(device, seed, recompute):
+    torch.manual_seed(0)
+    model, x = seed().to(device).double(), images("torchvision", device)
+    expected = train(copy.deepcopy(model), x)
+    assert_same(train(convert(model, recompute=recompute), x), expected)
+    assert [report.path[:6] for report in explain(model)] == ["fused"] * 2
+    again = pickle.loads(pickle.dumps(model))
+    assert_same({"y": again.eval()(x)}, {"y": model.eval()(x)}, limit=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_other_dtypes(device, dtype, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = build("torchvision", device, dtype).to(memory_format=memory_format)
+    x = images("torchvision", device, dtype).to(memory_format=memory_format)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    expected = exact.eval()(x.double())
+    error = relative_error(convert(model).eval()(x), expected)
+    assert error <= 2 * relative_error(plain.eval()(x), expected) + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "build_model",
+    [
+        lambda: torchvision(drop_rate=0.3),
+        lambda: timm(proj_drop_rate=0.3),
+        lambda: torchxrayvision(drop_rate=0.3),
+        lambda: monai(1, dropout_prob=0.3),
+    ],
+    ids=["torchvision", "timm", "torchxrayvision", "MONAI 1-d"],
+)
+def test_dropout_draws_the_same_masks(device, build_model, channels_last):
+    torch.manual_seed(0)
+    model = build_model().to(device).double()
+    x = images("MONAI 1-d" if "monai" in type(model).__module__ else "torchvision", device)
+    if channels_last and x.dim() == 4:
+        x, model = (t.to(memory_format=torch.channels_last) for t in (x, model))
+    expected = train(copy.deepcopy(model), x)
+    assert_same(train(convert(model), x), expected)
+    assert all("fused" in report.path for report in explain(model))
+
+
+def test_autocast_and_frozen_norms(device):
+    model = build("torchvision", device, torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = images("torchvision", device, torch.float32)
+    plain = copy.deepcopy(model)
+    convert(model)
+    before = copy.deepcopy(model.state_dict())
+    with torch.autocast(device, torch.bfloat16):
+        ours, expected = model(x), plain(x)
+    assert ours.dtype == expected.dtype
+    assert relative_error(ours, expected) < 5e-2
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_gradient_of_the_input_and_accumulation():
+    model, x = build("torchvision"), images("torchvision")
+    plain, found = copy.deepcopy(model), []
+    for each in (convert(model), plain):
+        leaf = x.clone().requires_grad_()
+        for _ in range(2):
+            each(leaf).square().sum().backward()
+        found.append({"x": leaf.grad} | {n: p.grad for n, p in each.named_parameters()})
+    assert_same(*found)
+
+
+# Objects
+
+
+@by_model
+def test_every_object_stays(name):
+    model = build(name)
+    before = dict(model.named_modules())
+    tensors = dict(model.state_dict(keep_vars=True))
+    classes = {n: type(m) for n, m in before.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    convert(model)
+    assert list(before) == [n for n, _ in model.named_modules()]
+    assert all(before[n] is m and isinstance(m, classes[n]) for n, m in model.named_modules())
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(tensors) and all(after[n] is t for n, t in tensors.items())
+    model(images(name)).sum().backward()
+    optimizer.step()
+    assert revert(model) is model
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert not any("_efficient_densenet" in vars(m) for m in model.modules())
+
+
+def test_again_changes_nothing_but_recompute():
+    model = convert(build("torchvision"))
+    classes = [type(m) for m in model.modules()]
+    assert [type(m) for m in convert(model, recompute="features").modules()] == classes
+    assert model.features.denseblock1._efficient_densenet.recompute == "features"
+    revert(revert(model))
+    assert type(model.features) is nn.Sequential
+
+
+def test_not_in_place():
+    model = build("torchvision")
+    other = convert(model, inplace=False)
+    assert other is not model and type(model.features) is nn.Sequential
+    x = images("torchvision")
+    assert_same({"y": other.eval()(x)}, {"y": model.eval()(x)})
+
+
+def test_copies_and_pickles():
+    model, x = convert(build("torchvision")), images("torchvision")
+    model(x)  # has plans
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+        assert {id(p) for p in other.parameters()}.isdisjoint(map(id, model.parameters()))
+        assert_same({"y": other.eval()(x)}, {"y": model.eval()(x)}, limit=0)
+        assert type(revert(other).features) is nn.Sequential
+
+
+def test_state_dict_loads_either_way():
+    model, plain = convert(build("torchvision")), torchvision().double()
+    plain.load_state_dict(model.state_dict())
+    model.load_state_dict(plain.state_dict())
+    model.load_state_dict(copy.deepcopy(plain).state_dict(), assign=True)  # other parameters
+    x = images("torchvision")
+    assert_same(train(model, x, 1), train(plain, x, 1))
+
+
+def test_averaged_model_and_functional_call():
+    model, x = convert(build("torchvision")), images("torchvision")
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert_same({"y": average.eval()(x)}, {"y": model.eval()(x)}, limit=0)
+    doubled = {name: 2 * p for name, p in model.named_parameters()}
+    ours = torch.func.functional_call(model, doubled, (x,))
+    expected = torch.func.functional_call(revert(model), doubled, (x,))
+    assert_same({"y": ours}, {"y": expected})
+
+
+# What is not converted
+
+
+def blocks_of(model):
+    return {report.name: report.path for report in explain(model, images("torchvision"))}
+
+
+def changed(change):
+    model = build("torchvision")
+    change(model.features.denseblock2.denselayer1)
+    return model
+
+
+CHANGES = {
+    "has hooks": lambda la: la.conv1.register_forward_hook(lambda *a: None),
+    "prune": lambda la: prune.l1_unstructured(la.conv2, "weight", amount=0.5),
+    "Parametrized": lambda la: parametrize.register_parametrization(
+        la.conv1, "weight", nn.Identity()
+    ),
+    "GroupNorm": lambda la: setattr(la, "norm1", nn.GroupNorm(1, 8).double()),
+    "SiLU": lambda la: setattr(la, "relu2", nn.SiLU()),
+    "groups or a bias": lambda la: setattr(
+        la, "conv1", nn.Conv2d(la.conv1.in_channels, 16, 1).double()
+    ),
+    "has a forward of its own": lambda la: setattr(la, "forward", type(la).forward.__get__(la)),
+}
+
+
+@pytest.mark.parametrize("why", CHANGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_changed_layer_runs_as_it_did(why, when):
+    if when == "before":
+        model = changed(CHANGES[why])
+        copyable = why not in ("prune", "has a forward of its own")
+        plain = copy.deepcopy(model) if copyable else None
+        convert(model)
+    else:
+        model = convert(build("torchvision"))
+        CHANGES[why](model.features.denseblock2.denselayer1)
+        plain = None
+    paths = blocks_of(model)
+    assert paths["features.denseblock2"].startswith("library: ")
+    if why != "prune":
+        assert why in paths["features.denseblock2"]
+    others = [path for name, path in paths.items() if name != "features.denseblock2"]
+    assert all(path.startswith("matrix products") for path in others)
+    x = images("torchvision")
+    if plain is not None:
+        assert_same(train(model, x, 2), train(plain, x, 2))
+    else:
+        train(model, x, 1)
+
+
+def test_hooks_see_what_the_library_shows():
+    model, x, seen = convert(build("torchvision")), images("torchvision"), []
+    model.features.denseblock1.denselayer2.conv1.register_forward_hook(
+        lambda module, arguments, y: seen.append(y.shape[1])
+    )
+    model.features.denseblock3.register_forward_hook(lambda m, a, y: seen.append(y.shape[1]))
+    model(x)
+    assert seen == [16, model.features.norm5.num_features]
+
+
+@pytest.mark.parametrize(
+    "build_model, why",
+    [
+        (lambda: monai(norm="instance"), "InstanceNorm"),
+        (lambda: monai(norm=("group", {"num_groups": 1})), "GroupNorm"),
+        (lambda: monai(act="prelu"), "PReLU"),
+        (lambda: monai(dropout_prob=0.2), "Dropout2d"),
+        (lambda: timm(act_layer="silu"), "SiLU"),
+        (lambda: timm(norm_layer="groupnorm1"), "GroupNorm"),
+    ],
+    ids=["instance", "group", "prelu", "channel dropout", "silu", "timm group"],
+)
+def test_other_norms_and_activations(build_model, why, caplog):
+    torch.manual_seed(0)
+    model = build_model().double()
+    x = images("torchvision")
+    expected = train(copy.deepcopy(model), x, 2)
+    with caplog.at_level(logging.INFO, "efficient_densenet"):
+        convert(model)
+    assert sum(why in record.getMessage() for record in caplog.records) == len(explain(model))
+    assert all(why in report.path for report in explain(model))
+    assert_same(train(model, x, 2), expected, limit=0)
+    with pytest.raises(ValueError, match="cannot be converted wholly"):
+        convert(build_model(), strict=True)
+
+
+def test_strict_changes_nothing():
+    model = changed(CHANGES["SiLU"])
+    with pytest.raises(ValueError, match="denseblock2: denselayer1: activation is SiLU"):
+        convert(model, strict=True)
+    assert type(model.features) is nn.Sequential
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="no dense block"):
+        convert(nn.Sequential(nn.Conv2d(3, 3, 1)))
+    with pytest.raises(ValueError, match="no dense block"):
+        explain(nn.Conv2d(3, 3, 1))
+    with pytest.raises(ValueError, match="recompute"):
+        convert(build("torchvision"), recompute="nothing")
+
+
+def test_one_line_per_block_is_logged(caplog):
+    with caplog.at_level(logging.INFO, "efficient_densenet"):
+        convert(build("torchvision"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"features.denseblock{i}: converted, {n} layers" for i, n in ((1, 2), (2, 3), (3, 2))
+    ]
+
+
+# Around
+
+
+def test_a_block_alone_and_inside_other_models():
+    block, x = build("torchvision").features.denseblock1, torch.randn(2, 8, 6, 6).double()
+    wrapped = nn.ModuleDict({"encoder": nn.Sequential(block, nn.ReLU(inplace=True))})
+    expected = wrapped.encoder(x)
+    convert(wrapped)
+    y = wrapped.encoder(x)
+    assert_same({"y": y}, {"y": expected})
+    y.sum().backward()  # the ReLU has written to a copy
+    assert convert(block) is block
+
+
+def test_tracing_and_scripting_see_the_library():
+    model, x = convert(build("torchvision")).eval(), images("torchvision")
+    expected = model(x)
+    nodes = {node.target for node in torch.fx.symbolic_trace(model).graph.nodes}
+    assert "features.denseblock1.denselayer1.conv1" in nodes
+    assert_same({"y": torch.jit.trace(model, x)(x)}, {"y": expected})
+    assert_same({"y": torch.export.export(model, (x,)).module()(x)}, {"y": expected})
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same({"y": compiled(x)}, {"y": expected})
+    assert blocks_of(model)["features.denseblock1"].startswith("matrix products")
+    blocks = [module for module in model.modules()]
+    assert_same({"y": torch.jit.script(model)(x)}, {"y": expected})
+    assert all(a is b for a, b in zip(model.modules(), blocks, strict=True))
+    assert blocks_of(model)["features.denseblock1"] == "library: not converted"
+
+
+def test_memory_and_explain(capsys):
+    """The bytes that explain says are those that autograd keeps."""
+    model = build("torchvision")
+    block = model.features.denseblock2
+    y = torch.randn(2, 8, 10, 10).double().requires_grad_()
+    own = [y, *block.parameters()]
+    plain = kept_bytes(lambda: block(y), own)
+    convert(model)
+    for recompute in ("bottleneck", "features"):
+        convert(model, recompute=recompute)
+        report = next(r for r in explain(block, y) if r)
+        assert isinstance(report, BlockReport)
+        ours = kept_bytes(lambda: block(y), own)
+        # Batch norm keeps two numbers per channel; we keep parameters packed as well.
+        assert abs(report.kept_bytes - ours) < 0.1 * ours
+        result = 8 * 2 * 20 * 100  # that of plain is kept by who reads it
+        assert abs(report.plain_bytes - (plain + result)) < 0.1 * plain
+    text = capsys.readouterr().out
+    assert "kept MB" in text and "matrix products: the features are on cpu" in text
+
+
+def test_explain_restores_modes_and_statistics():
+    model, x = convert(build("torchvision")), images("torchvision")
+    model.features.denseblock1.eval()
+    modes = [m.training for m in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    explain(model, x)
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_explain_our_own():
+    model = DenseNet(4, (2, 2), efficient=True)
+    reports = explain(model, torch.randn(2, 3, 16, 16))
+    assert [report.name for report in reports] == ["features.denseblock1", "features.denseblock2"]
+    assert all(report.kept_bytes < report.plain_bytes for report in reports)
+    plain = explain(DenseNet(4, (2, 2)), torch.randn(2, 3, 16, 16))
+    assert {report.path for report in plain} == {"layer by layer: efficient=False"}
+    assert efficient_densenet.explain is explain
