@@ -6,8 +6,10 @@ a plain `pip install .` the module is taken from the installed copy, wherever it
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ _NAME = f"{__package__}._C"
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
-def _package_folders():
+def _package_folders() -> Iterator[Path]:
     """Folders of this package, best first: this one, those on the path, editable installs."""
     yield Path(__file__).parent
     for entry in sys.path:
@@ -30,7 +32,7 @@ def _package_folders():
             yield from map(Path, (spec and spec.submodule_search_locations) or [])
 
 
-def _find():
+def _find() -> Path:
     for folder in _package_folders():
         for suffix in EXTENSION_SUFFIXES:
             file = folder / f"_C{suffix}"
@@ -43,7 +45,7 @@ def _find():
     )
 
 
-def _load():
+def _load() -> Any:
     versions = torch.__version__, MINIMUM_TORCH
     found, minimum = ([int(number) for number in v.split(".")[:2]] for v in versions)
     if found < minimum:
@@ -53,7 +55,8 @@ def _load():
         )
     file = _find()
     spec = importlib.util.spec_from_file_location(_NAME, file)
-    module = importlib.util.module_from_spec(spec)
+    assert spec is not None and spec.loader is not None  # it is a file with a module's suffix
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     built = module.build_info()["version"]
     if built != __version__:
@@ -61,17 +64,19 @@ def _load():
             f"The compiled module {file} is of version {built}, the Python sources in "
             f"{Path(__file__).parent} are of version {__version__}: rebuild with '{_REBUILD}'."
         )
-    sys.modules[_NAME] = sys.modules[__package__]._C = module
+    sys.modules[_NAME] = module
+    vars(sys.modules[__package__])["_C"] = module
     return module
 
 
 _C = _load()
 
 
-def build_info():
+def build_info() -> dict[str, str | None]:
     """How the compiled module was built.
 
-    A dict of strings: `version` of this package, `torch` it was compiled against, `cuda` version
-    and `architectures`; for a build without CUDA the last two are None and "CPU only".
+    A dict of strings: ``version`` of this package, ``torch`` it was compiled against, ``cuda``
+    version and ``architectures``; for a build without CUDA the last two are None and "CPU only".
     """
-    return _C.build_info()
+    info: dict[str, str | None] = _C.build_info()
+    return info

@@ -82,17 +82,19 @@ def concat_bn_relu(
         features, running_mean, running_var, weight, bias, training, momentum, eps, storage
     )
     settings = _Settings(dtype, training, float(momentum), float(eps), storage)
-    inputs = (running_mean, running_var, weight, bias, *features)
+    norm = running_mean, running_var, weight, bias
     if not torch.is_grad_enabled():
         # Nothing needs the storage, and threads may share a module that only predicts.
-        return _forward(settings._replace(storage=None), *inputs).y
+        return _forward(settings._replace(storage=None), *norm, *features).y
     differentiable = any(x is not None and x.requires_grad for x in (weight, bias, *features))
     # Where nothing here wants a gradient, the consumer's weight may, and then the result has to be
     # recomputed: an input that does want one makes autograd keep what that takes.
     anchor = None if differentiable else torch.empty(0, requires_grad=True)
-    result = _ConcatBNReLU.apply(settings, anchor, *inputs)
+    result: Tensor = _ConcatBNReLU.apply(settings, anchor, *norm, *features)
     y = result if differentiable else result.detach()
-    y._origin = _Origin(get_gradient_edge(result), y._version)
+    y._origin = _Origin(  # type: ignore[attr-defined]
+        get_gradient_edge(result), y._version
+    )
     return y
 
 
@@ -121,7 +123,7 @@ def recompute_in_backward(y: Tensor) -> Iterator[None]:
     def pack(tensor: Tensor) -> Any:
         is_result = tensor.untyped_storage()._cdata == memory and tensor._version == origin.version
         if is_result:
-            offset = tensor.storage_offset() - start
+            offset = int(tensor.storage_offset() - start)
             return _Recomputed(origin.edge, tensor.size(), tensor.stride(), offset)
         if outer is not None:
             return _PackedOutside(outer[1], outer[0](tensor))
@@ -133,7 +135,8 @@ def recompute_in_backward(y: Tensor) -> Iterator[None]:
 
 
 def _check_not_overwritten(y: Tensor) -> None:
-    if y._version != y._origin.version:
+    origin: _Origin = y._origin  # type: ignore[attr-defined]
+    if y._version != origin.version:
         raise RuntimeError(
             "y: overwritten before its consumer was done. One SharedStorage serves one thread per "
             "device and stream; give each thread its own, or its own copy of the model"
@@ -157,8 +160,9 @@ class _Recomputed(NamedTuple):
 
     def unpack(self) -> Tensor:
         with torch.no_grad():
-            mean, var, weight, bias, *features = self.edge.node.saved_tensors
-            settings = self.edge.node.settings
+            node: Any = self.edge.node  # of _ConcatBNReLU
+            mean, var, weight, bias, *features = node.saved_tensors
+            settings: _Settings = node.settings
             features = _cast(features, settings.dtype)
             y = _allocate(settings, features)
             _normalise(settings, features, mean, var, weight, bias, y)
@@ -188,7 +192,8 @@ class _PackedOutside(NamedTuple):
     packed: Any
 
     def unpack(self) -> Tensor:
-        return self.unpack_hook(self.packed)
+        tensor: Tensor = self.unpack_hook(self.packed)
+        return tensor
 
 
 class _Settings(NamedTuple):
@@ -209,7 +214,16 @@ class _ConcatBNReLU(torch.autograd.Function):
     """Saves features, weight, bias, mean and var: nothing of the size of the result."""
 
     @staticmethod
-    def forward(ctx, settings, anchor, running_mean, running_var, weight, bias, *features):
+    def forward(
+        ctx: Any,
+        settings: _Settings,
+        anchor: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *features: Tensor,
+    ) -> Tensor:
         result = _forward(settings, running_mean, running_var, weight, bias, *features)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -218,7 +232,7 @@ class _ConcatBNReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         no_gradients = (None,) * len(ctx.needs_input_grad)
         if grad_y is None:
             return no_gradients
@@ -254,6 +268,7 @@ def _forward(
     # Before the running statistics change: running out of memory must leave them as they were.
     y = _allocate(settings, used)
     if not settings.training:
+        assert running_mean is not None and running_var is not None  # checked
         mean, var = running_mean.double(), running_var.double()
     elif y.numel() == 0:  # like F.batch_norm, which leaves the running statistics alone
         mean = var = torch.ones(y.size(1), dtype=torch.float64, device=y.device)
@@ -318,9 +333,10 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Writes ``grad_features``, the gradients of ``features[i] for i in wanted``."""
     if grad_y.numel() == 0:
-        return tuple(mean.new_zeros(mean.shape, dtype=_parameter_type(grad_y)) for _ in range(2))
+        zeros = mean.new_zeros((2, mean.numel()), dtype=_parameter_type(grad_y))
+        return zeros[0], zeros[1]
     weight, bias = _as_parameter(weight, grad_y), _as_parameter(bias, grad_y)
-    return _ops.concat_bn_relu_backward(
+    grad_weight, grad_bias = _ops.concat_bn_relu_backward(
         grad_y,
         features,
         mean,
@@ -332,6 +348,7 @@ def _gradients(
         wanted,
         grad_features,
     )
+    return grad_weight, grad_bias
 
 
 def _parameter_type(features: Tensor) -> torch.dtype:
@@ -349,18 +366,18 @@ def _as_parameter(per_channel: Tensor | None, features: Tensor) -> Tensor | None
 
 
 @torch.library.register_fake("efficient_densenet::concat_bn_stats")
-def _(features):
+def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     channels = sum(feature.size(1) for feature in features)
     mean = features[0].new_empty(channels, dtype=torch.float64)
     return mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu")
-def _(features, mean, var, weight, bias, eps, y):
+def _(*arguments: object) -> None:
     return None
 
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
-def _(grad_y, features, mean, var, weight, bias, eps, batch_statistics, wanted, grad_features):
+def _(grad_y: Tensor, features: object, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     grad_weight = torch.empty_like(mean, dtype=_parameter_type(grad_y))
     return grad_weight, torch.empty_like(grad_weight)

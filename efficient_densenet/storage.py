@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,13 @@ class SharedStorage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now: on all CUDA devices and, on the CPU, by the calling thread."""
+        """Bytes held now, on all CUDA devices and, on the CPU, by the calling thread."""
         buffers = [*self._cuda_buffers.values(), *vars(self._cpu).values()]
         return sum(buffer.numel() for buffer in buffers)
 
     def _buffer(self, nbytes: int, device: torch.device) -> Tensor:
+        buffers: dict[Any, Tensor]
+        key: Any
         if device.type == "cpu":
             buffers, key = vars(self._cpu), "buffer"  # of the calling thread
         else:
@@ -78,7 +81,7 @@ class SharedStorage:
             buffers[key] = buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return buffer
 
-    def __deepcopy__(self, memo: dict) -> SharedStorage:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedStorage:
         return SharedStorage()
 
     def __copy__(self) -> SharedStorage:
