@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import (
     GradientEdge,
     get_gradient_edge,
@@ -22,6 +21,7 @@ from torch.autograd.graph import (
 
 from . import _extension  # noqa: F401  registers the operators
 from ._arguments import check_arguments
+from ._once import check_transforms, differentiable_once
 from .batch_norm import BatchNorm, RunningStatistics
 from .layout import dense_strides, is_channels_last
 from .storage import SharedStorage
@@ -81,6 +81,7 @@ def concat_bn_relu(
     dtype = check_arguments(
         features, running_mean, running_var, weight, bias, training, momentum, eps, storage
     )
+    check_transforms("concat_bn_relu", weight, bias, *features)
     settings = _Settings(dtype, training, float(momentum), float(eps), storage)
     norm = running_mean, running_var, weight, bias
     if not torch.is_grad_enabled():
@@ -231,7 +232,7 @@ class _ConcatBNReLU(torch.autograd.Function):
         return result.y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("concat_bn_relu")
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         no_gradients = (None,) * len(ctx.needs_input_grad)
         if grad_y is None:

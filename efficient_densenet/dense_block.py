@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _extension  # noqa: F401  registers the operators
 from ._arguments import check_block_arguments, check_more_than_one_value
+from ._once import check_transforms, differentiable_once
 from ._out_of_memory import out_of_memory_as_torch_raises_it
 from .batch_norm import BatchNorm, RunningStatistics
 from .bn_relu_conv1x1 import Conv1x1, choose_conv1x1, why_not_tensor_cores
@@ -148,6 +148,7 @@ class Plan:
         keeps = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, *self.parameters)
         )
+        check_transforms("dense_block", x, *self.parameters)
         if keeps:
             result: Tensor = _DenseBlock.apply(self, x, *self.parameters)
         else:
@@ -216,7 +217,9 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
         plan.count_batch()
         return _Forward(result, None)
     layers = len(plan.layers)
-    statistics = x.new_empty((2, plan.channels + layers * plan.bottleneck), dtype=torch.float64)
+    # Nobody takes those that only frozen norms would read.
+    new = x.new_zeros if plan.frozen_norms else x.new_empty
+    statistics = new((2, plan.channels + layers * plan.bottleneck), dtype=torch.float64)
     bottlenecks = None
     if keeps and plan.keeps_bottlenecks:
         bottlenecks = features.new_empty((layers, rows, plan.bottleneck))
@@ -254,7 +257,7 @@ class _DenseBlock(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("dense_block")
     def backward(ctx: Any, grad_result: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_result is None:
             return (None,) * len(ctx.needs_input_grad)

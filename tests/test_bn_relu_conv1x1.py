@@ -361,6 +361,20 @@ def test_arguments_of_the_operators():
             OPS.bn_relu_conv1x1(**(right | change))
 
 
+@requires_tensor_cores
+def test_opcheck():
+    p = make_problem(40, 24, 48, torch.bfloat16)
+    z = torch.empty(40, 48, dtype=torch.bfloat16, device="cuda")
+    moments = torch.empty(2, 48, dtype=torch.float64, device="cuda")
+    tests = ("test_schema", "test_faketensor")
+    call = p.x, *p.norm(), p.conv1, z, moments
+    torch.library.opcheck(OPS.bn_relu_conv1x1, call, test_utils=tests)
+    affine, conv1 = torch.empty(2, 24, device="cuda"), torch.empty(48, 24, device="cuda")
+    call = p.grad_z, p.x, *p.norm(), p.conv1, p.grad_features, affine, p.correction
+    call += False, True, conv1
+    torch.library.opcheck(OPS.bn_relu_conv1x1_backward, call, test_utils=tests)
+
+
 # Blocks
 
 

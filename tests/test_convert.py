@@ -12,10 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
 import efficient_densenet
-from efficient_densenet import BlockReport, DenseNet, convert, explain, revert
+from efficient_densenet import (
+    BlockReport,
+    DenseBlock,
+    DenseNet,
+    SharedStorage,
+    concat_bn_relu,
+    convert,
+    explain,
+    revert,
+)
 from reference import kept_bytes, relative_error
 
 SEED = """
@@ -339,6 +349,39 @@ def test_averaged_model_and_functional_call():
     ours = torch.func.functional_call(model, doubled, (x,))
     expected = torch.func.functional_call(revert(model), doubled, (x,))
     assert_same({"y": ours}, {"y": expected})
+
+
+def refused(block, x):
+    """What is refused: each with a sentence that says what to use instead."""
+    with pytest.raises(RuntimeError, match="transforms.* not supported; use plain modules"):
+        torch.vmap(block)(x[None])
+    with pytest.raises(RuntimeError, match="transforms.* not supported; use plain modules"):
+        torch.func.grad(lambda v: block(v).sum())(x)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="forward-mode .* not supported; use plain modules"):
+            block(forward_ad.make_dual(x, x))
+        block(x)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(block(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice; use plain modules"):
+        gradient.sum().backward()
+
+
+def test_what_is_refused(device):
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64, device=device)
+    refused(DenseBlock(2, 8, 4).to(device).double(), x)
+    storage = SharedStorage()
+
+    def layer(x):
+        return concat_bn_relu([x], None, None, training=True, storage=storage).clone()
+
+    refused(layer, x)
+    block = convert(build("torchvision", device)).features.denseblock1
+    refused(block, x)
+    plain = revert(block)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(plain(leaf).square().sum(), leaf, create_graph=True)
+    gradient.sum().backward()
 
 
 # What is not converted

@@ -1,6 +1,8 @@
 """The named networks, and weights by the names that others give them."""
 
 import builtins
+import copy
+import pickle
 import re
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 import efficient_densenet
-from efficient_densenet import DenseNet, load_weights
+from efficient_densenet import DenseNet, densenet121, load_weights
 from efficient_densenet.densenet import DenseBlock
 from test_densenet import SMALL, images
 
@@ -358,3 +360,56 @@ def test_the_way_to_other_classes():
 def test_only_our_own_models():
     with pytest.raises(TypeError, match="model: expected a DenseNet of this package, got Linear"):
         load_weights(nn.Linear(1, 1), {})
+
+
+def test_meta_device_and_pickles():
+    """A network without memory, then with it; copies of it run alike."""
+    with torch.device("meta"):
+        model = densenet121(num_classes=5)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    state = densenet121(num_classes=5).state_dict()
+    model.to_empty(device="cpu").load_state_dict(state)
+    x = torch.randn(1, 3, 32, 32)
+    expected = model.eval()(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+
+
+def test_grad_scaler(device):
+    """Scaled losses, as in float16 under autocast: the same update."""
+    model = DenseNet(4, (2, 2), efficient=True).to(device)
+    plain = copy.deepcopy(model)
+    x = torch.randn(4, 3, 16, 16, device=device)
+    for each in (model, plain):
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        loss = each(x).square().mean()
+        if each is plain:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    for name, t in model.state_dict().items():
+        torch.testing.assert_close(t, plain.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.weight_norm], ids=["weight norm"])
+def test_parametrized_convolutions(device, norm):
+    """A block with one runs layer by layer, with the same results."""
+    model = DenseNet(4, (2, 2), efficient=True).to(device).double()
+    norm(model.features.denseblock1.denselayer2.conv1)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, device=device)
+    block = model.features.denseblock1
+    assert "Parametrized" in block.why_not_fused(torch.zeros(1, 24, 8, 8).to(x))
+    results = []
+    for efficient in (True, False):
+        for module in model.modules():
+            if hasattr(module, "efficient"):
+                module.efficient = efficient
+        model.zero_grad()
+        model(x).square().mean().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)

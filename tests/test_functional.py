@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from block_reference import MODES, RECOMPUTE, make_block_problem, run
-from efficient_densenet import DenseBlock, DenseNet, convert, dense_block, functional
+from efficient_densenet import (
+    DenseBlock,
+    DenseNet,
+    convert,
+    dense_block,
+    functional,
+)
 from reference import relative_error
 
 OPS = torch.ops.efficient_densenet
@@ -88,6 +94,12 @@ def test_opcheck(device, drop_rate, recompute):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     tests += ("test_aot_dispatch_static",) if drop_rate == 0 else ()
     torch.library.opcheck(OPS.functional_dense_block, arguments, test_utils=tests)
+    outputs = [t.detach() for t in OPS.functional_dense_block(*arguments)]
+    needed = [True] * (1 + 2 * len(norms) + 2 * len(p.layers))
+    backward = torch.randn_like(outputs[0]), p.x.detach(), *outputs, needed, *arguments[1:]
+    torch.library.opcheck(
+        OPS.functional_dense_block_backward, backward, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def networks():
