@@ -12,7 +12,8 @@
 // block takes one stretch of rows, tile after tile.
 // Moments: of a tile's rows in registers, merged over the lanes, tiles and warps by the formula of
 // Chan, Golub and LeVeque (moments.cuh), so no sum of squares cancels; then one partial result per
-// column and block, merged in double by a second kernel. The order depends on the shape alone.
+// column and block, merged in double by a second kernel. The order depends on the shape alone (and,
+// on devices with little shared memory, on how much that is).
 //
 // Bytes: x once, z once; W (from the L2 cache) once per block and tile. Operations: 2 M C N.
 // Limit: memory where M is large; else the latency of a chunk, C / kChunk times in a row.
@@ -326,8 +327,8 @@ Chunking choose_rows(int64_t rows, const Warps& warps) {
 
 // ---------------------------------------------------------------------------------------------
 // Packed weights: [chunk of k][column][channels of the chunk], once per group of columns. kForward:
-// columns are the N outputs in the Groups, k the channels of x. kGradInput: columns are
-// the channels of x in groups of 32, k the outputs.
+// columns are the N outputs in the Groups, k the channels of x. kGradInput: columns are the
+// channels of x in groups of 32, k the outputs.
 
 constexpr int kGradInputColumns = 32;
 
