@@ -326,7 +326,7 @@ class _ConvertedBlock(_Converted):
     _efficient_densenet: _Settings
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if functional.is_wanted():
             return self._traced(x)
         plan = None if _is_traced(x) else self.plan(x)
         if plan is None:

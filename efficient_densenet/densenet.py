@@ -339,7 +339,7 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            fuses = not torch.compiler.is_exporting() and self.why_not_fused(x) is None
+            fuses = functional.is_wanted() and self.why_not_fused(x) is None
             return self._traced(x) if fuses else self._layer_by_layer(x)
         plan = self.plan(x)
         return self._layer_by_layer(x) if plan is None else plan.run(x)

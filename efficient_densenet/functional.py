@@ -42,6 +42,14 @@ torch.library.define(
 )
 
 
+def is_wanted() -> bool:
+    """Whether a graph is made for running here: exported ones are better off with plain modules.
+
+    On torch 2.11 the compiler takes ``torch.compiler.is_exporting()`` for True always.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+
+
 def dense_block(
     x: Tensor, layers: Sequence[DenseLayer], drop_rate: float, recompute: str
 ) -> Tensor:
