@@ -34,7 +34,7 @@ from triton.testing import do_bench
 
 import efficient_densenet
 from checkpointed import checkpointed_densenet
-from common import copy_bandwidth
+from common import copy_bandwidth, relative_error
 from efficient_densenet import DenseNet, SharedStorage, concat_bn_relu
 
 OPS = torch.ops.efficient_densenet
@@ -92,10 +92,6 @@ def parameters(problem: Problem) -> tuple[Tensor, Tensor]:
     channels = sum(problem.channels)
     weight = torch.rand(channels, device="cuda") + 0.5
     return weight.requires_grad_(), torch.randn(channels, device="cuda").requires_grad_()
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    return ((value.double() - exact).norm() / exact.norm()).item()
 
 
 def check(problem: Problem) -> None:

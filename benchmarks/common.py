@@ -88,6 +88,11 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (ms / 1e3)
 
 
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    exact = exact.double()
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
 def set_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed

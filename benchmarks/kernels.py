@@ -41,6 +41,7 @@ from common import (
     origin,
     origin_lines,
     positive,
+    relative_error,
     set_tf32,
 )
 
@@ -190,11 +191,6 @@ def total_us(times: dict[str, float], kernels: tuple[str, ...] | None = None) ->
         for name, us in times.items()
         if kernels is None or any(kernel in name for kernel in kernels)
     )
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    expected = expected.double()
-    return ((value.double() - expected).norm() / expected.norm()).item()
 
 
 def check(operands: Operands, plain: Plain, dtype: torch.dtype) -> None:

@@ -11,6 +11,15 @@ def device(request):
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """Small problems are no faster on more, and far slower where other processes run as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def full_precision_and_seed():
     """Comparisons are about our arithmetic: cuDNN and cuBLAS stay in float32, and deterministic."""

@@ -24,14 +24,7 @@ import train_step  # noqa: E402
 from memory_vs_depth import Fit  # noqa: E402
 from train_step import Job, Network, Row  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads than cores wait for one another, when other programs run, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -45,14 +45,7 @@ TINY = [(3, 3), (2, 2, 2), (2, 1, 2, 2)]
 FEW = dict(num_layers=2, channels=2, growth_rate=1, bottleneck=3)
 BOTH = pytest.mark.parametrize("recompute", RECOMPUTE)
 THREADS = torch.get_num_threads()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small problems are no faster on more, and far slower where other processes run as well."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(THREADS)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

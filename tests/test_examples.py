@@ -24,14 +24,7 @@ sys.path.insert(0, str(EXAMPLES))
 import fc_densenet  # noqa: E402
 from fc_densenet import MODELS, DenseBlock, FCDenseNet, TransitionDown  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads than cores wait for one another, when other programs run, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain_block(block: DenseBlock, features: list[Tensor]) -> list[Tensor]:
