@@ -62,6 +62,16 @@ class RunningStatistics:
         self._all = [tensor for tensors in self._tensors for tensor in tensors]
         self._is_contiguous = all(tensor.is_contiguous() for tensor in self._all)
 
+    def update_traced(self, mean: Tensor, var: Tensor, rows: int) -> None:
+        """:meth:`update` as one node of a compiler's graph."""
+        if self._begins:
+            self._move(mean, var, rows, self._tensors)
+
+    def _move(self, mean: Tensor, var: Tensor, rows: int, tensors: Sequence[list[Tensor]]) -> None:
+        torch.ops.efficient_densenet.update_running_statistics(
+            mean, var, rows, self._begins, *tensors, self._momenta
+        )
+
     def update(self, mean: Tensor, var: Tensor, rows: int) -> None:
         """Moves them by a batch.
 
@@ -74,16 +84,9 @@ class RunningStatistics:
         tensors: Sequence[list[Tensor]] = self._tensors
         if not self._is_contiguous:  # which the kernels want
             tensors = [[tensor.contiguous() for tensor in part] for part in tensors]
-        torch.ops.efficient_densenet.update_running_statistics(
-            mean, var, rows, self._begins, *tensors, self._momenta
-        )
+        self._move(mean, var, rows, tensors)
         if not self._is_contiguous:
             for tensor, used in zip(self._all, sum(tensors, []), strict=True):
                 tensor.copy_(used)
         # The kernels write through a pointer, which autograd does not see.
         increment_version(self._all)
-
-
-@torch.library.register_fake("efficient_densenet::update_running_statistics")
-def _(*arguments: object) -> None:
-    return None

@@ -55,16 +55,6 @@ def _why_not_on_device(index: int, itemsize: int, bottleneck: int, channels: int
     return _C.why_no_tensor_cores(index, itemsize, bottleneck, channels) or None
 
 
-@torch.library.register_fake("efficient_densenet::bn_relu_conv1x1")
-def _(*arguments: object) -> None:
-    return None
-
-
-@torch.library.register_fake("efficient_densenet::bn_relu_conv1x1_backward")
-def _(*arguments: object) -> None:
-    return None
-
-
 def _products_are_as_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
     """Matrix products have TF32 settings of their own."""
     if dtype != torch.float32:

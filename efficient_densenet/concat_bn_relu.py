@@ -373,11 +373,6 @@ def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("efficient_densenet::concat_bn_relu")
-def _(*arguments: object) -> None:
-    return None
-
-
 @torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
 def _(grad_y: Tensor, features: object, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     grad_weight = torch.empty_like(mean, dtype=_parameter_type(grad_y))

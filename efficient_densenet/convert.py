@@ -35,16 +35,16 @@ from .densenet import (
     _check_choice,
     _fused_bn_relu,
     _in_format,
+    _layer_tensors,
     _Plans,
     _State,
     _why_called,
     _why_not_convolution,
+    _why_not_halving,
 )
-from .layout import is_channels_last, plain_formats
+from .layout import block_is_channels_last
 
 _logger = logging.getLogger("efficient_densenet")
-_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-_DROPOUTS = (nn.Dropout,)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class _Library(NamedTuple):
     def has_layer(self, module: nn.Module) -> bool:
         return self._is(type(module), self.layer)
 
-    def has_transition(self, module: nn.Module) -> bool:
+    def has_transition(self, module: object) -> bool:
         return self._is(type(module), self.transition)
 
     def _is(self, kind: type, name: str) -> bool:
@@ -92,23 +92,23 @@ class _Library(NamedTuple):
 
 def _read_attributes(layer: Any) -> _Layer:
     return _Layer(
-        layer, layer.norm1, layer.relu1, layer.conv1, layer.norm2, layer.relu2, layer.conv2,
-        float(layer.drop_rate), layer.training,
-    )  # fmt: skip
-
-
-def _read_timm(layer: Any) -> _Layer:
-    return _Layer(
-        layer, layer.norm1, None, layer.conv1, layer.norm2, None, layer.conv2,
-        float(layer.drop_rate), layer.training,
-    )  # fmt: skip
+        layer,
+        layer.norm1,
+        getattr(layer, "relu1", None),
+        layer.conv1,
+        layer.norm2,
+        getattr(layer, "relu2", None),
+        layer.conv2,
+        float(layer.drop_rate),
+        layer.training,
+    )
 
 
 def _read_monai(layer: Any) -> _Layer:
     parts = layer.layers
     dropout = getattr(parts, "dropout", None)
     other = None
-    if dropout is not None and type(dropout) not in _DROPOUTS:
+    if dropout is not None and type(dropout) is not nn.Dropout:
         # Whole channels are dropped, whose masks are not those of the operator.
         other = f"drops out with {type(dropout).__name__}"
     return _Layer(
@@ -124,7 +124,8 @@ _LIBRARIES = (
         _read_attributes,
     ),
     _Library(
-        "timm", "timm.models.densenet", "DenseBlock", "DenseLayer", "DenseTransition", _read_timm
+        "timm", "timm.models.densenet", "DenseBlock", "DenseLayer", "DenseTransition",
+        _read_attributes,
     ),
     _Library(
         "MONAI", "monai.networks.nets.densenet", "_DenseBlock", "_DenseLayer", "_Transition",
@@ -241,9 +242,13 @@ def _why_not_block(block: nn.Module, x: Tensor) -> str | None:
     return None
 
 
+def _is_transition(module: object) -> bool:
+    return any(library.has_transition(module) for library in _LIBRARIES)
+
+
 def _why_not_transition(transition: Any, x: Tensor) -> str | None:
     """Why a transition does not run with the block before it."""
-    if not any(library.has_transition(transition) for library in _LIBRARIES):
+    if not _is_transition(transition):
         return f"is {type(transition).__name__}"
     why = _why_called(transition, type(transition))
     if why is not None:
@@ -251,25 +256,10 @@ def _why_not_transition(transition: Any, x: Tensor) -> str | None:
     parts: dict[str, Any] = dict(transition.named_children())
     if list(parts) not in (["norm", "relu", "conv", "pool"], ["norm", "conv", "pool"]):
         return f"has parts {', '.join(parts)}"
-    pool = parts["pool"]
-    why = _why_called(pool, *_POOLS.values())
-    if why is not None:
-        return f"pool {why}"
-    dims = x.dim() - 2
-
-    def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
-        return value if isinstance(value, tuple) else (value,) * dims
-
-    if (each(pool.kernel_size), each(pool.stride), each(pool.padding)) != (
-        (2,) * dims,
-        (2,) * dims,
-        (0,) * dims,
-    ) or pool.ceil_mode:
-        return "pool is not over windows of 2 with stride 2"
-    if getattr(pool, "divisor_override", None) is not None or min(x.shape[2:]) < 2:
-        return "pool divides otherwise, or its input is too small"
-    return _why_not_norm(parts["norm"], parts.get("relu")) or _why_not_convolution(
-        parts["conv"], x, pointwise=True
+    return (
+        _why_not_halving(parts["pool"], x)
+        or _why_not_norm(parts["norm"], parts.get("relu"))
+        or _why_not_convolution(parts["conv"], x, pointwise=True)
     )
 
 
@@ -307,6 +297,10 @@ class _Converted(nn.Module):
 
     original: type[nn.Module]
 
+    def as_it_was(self, x: Tensor) -> Tensor:
+        y: Tensor = self.original.forward(self, x)
+        return y
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_converted, (type(self).original, type(self).__mro__[1]), self.__getstate__()
 
@@ -330,16 +324,14 @@ class _ConvertedBlock(_Converted):
             return self._traced(x)
         plan = None if _is_traced(x) else self.plan(x)
         if plan is None:
-            forward: Callable[[nn.Module, Tensor], Tensor] = self.original.forward
-            return forward(self, x)
+            return self.as_it_was(x)
         result = _in_plain_format(plan, x, plan.run(x))
         return result.clone() if self._efficient_densenet.copies else result
 
     def _traced(self, x: Tensor) -> Tensor:
         """For a compiler: one operator that it can look around."""
         if _why_not_block(self, x) is not None:
-            forward: Callable[[nn.Module, Tensor], Tensor] = self.original.forward
-            return forward(self, x)
+            return self.as_it_was(x)
         tensors, drop_rate = self._tensors()
         settings = self._efficient_densenet
         result = functional.dense_block(x, tensors, drop_rate, settings.recompute)
@@ -350,15 +342,7 @@ class _ConvertedBlock(_Converted):
         library = _library_of(self)
         assert library is not None
         layers = _layers_of(library, self)
-        tensors = [
-            DenseLayer(
-                _batch_norm(layer.norm1),
-                layer.conv1.weight,
-                _batch_norm(layer.norm2),
-                layer.conv2.weight,
-            )
-            for layer in layers
-        ]
+        tensors = [_layer_tensors(layer) for layer in layers]
         return tensors, layers[0].drop_rate if layers[0].drops else 0.0
 
     def plan(self, x: Tensor, reader: Any = None) -> Plan | None:
@@ -386,13 +370,12 @@ class _ConvertedSequential(_Converted):
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_traced(x):
-            forward: Callable[[nn.Module, Tensor], Tensor] = self.original.forward
-            return forward(self, x)
+            return self.as_it_was(x)
         modules: list[Any] = list(self.children())
         while modules:
             module = modules.pop(0)
             following = modules[0] if modules else None
-            if isinstance(module, _ConvertedBlock) and following is not None:
+            if isinstance(module, _ConvertedBlock) and _is_transition(following):
                 plan = module.plan(x, following)
                 # With dropout, formats between the two matter for the masks of the next block.
                 if plan is not None and plan.drop_rate == 0:
@@ -418,8 +401,7 @@ def _in_plain_format(plan: Plan, x: Tensor, result: Tensor) -> Tensor:
     if plan.drop_rate == 0:
         return result
     weights = [(layer.conv1, layer.conv2) for layer in plan.layers]
-    channels_last = is_channels_last(x) and all(plain_formats(x, weights, computed_dtype(x)))
-    return _in_format(result, channels_last)
+    return _in_format(result, block_is_channels_last(x, weights, computed_dtype(x)))
 
 
 def _converted_class(original: Any, mixin: Any) -> Any:

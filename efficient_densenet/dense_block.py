@@ -89,6 +89,13 @@ def dense_block(
     return result
 
 
+def statistics_begins(layers: Sequence[DenseLayer]) -> list[int]:
+    """Where the statistics of each norm begin: norm1 reads those of the features, norm2 of z."""
+    growth, bottleneck = layers[0].conv2.shape[:2]
+    channels = layers[-1].conv1.size(1) + growth
+    return [0] * len(layers) + [channels + i * bottleneck for i in range(len(layers))]
+
+
 class Plan:
     """A dense block, and its last reader where one is given, ready to run on inputs like ``x``.
 
@@ -133,10 +140,7 @@ class Plan:
         self.conv2 = [layer.conv2 for layer in layers]
         # Everything but x that a gradient can be wanted for.
         self.parameters = [*self.weights, *self.biases, *self.conv1, *self.conv2]
-        first_of_z = range(
-            self.channels, self.channels + len(layers) * self.bottleneck, self.bottleneck
-        )
-        begins = [*[0] * len(layers), *first_of_z, *[0] * self.reads]
+        begins = [*statistics_begins(layers), *[0] * self.reads]
         self.running_statistics = RunningStatistics(
             [(begin, n) for begin, n in zip(begins, self.norms, strict=True) if n.training]
         )
@@ -418,13 +422,3 @@ def _dropout_mask(plan: Plan, x: Tensor) -> Tensor:
         kept = F.dropout(ones.fill_(1), plan.drop_rate)
         mask[layer].copy_(kept.movedim(1, -1))
     return mask
-
-
-@torch.library.register_fake("efficient_densenet::dense_block")
-def _(*arguments: object) -> None:
-    return None
-
-
-@torch.library.register_fake("efficient_densenet::dense_block_backward")
-def _(*arguments: object) -> None:
-    return None

@@ -26,7 +26,7 @@ from ._arguments import RECOMPUTE, check_tensor, computed_dtype
 from .batch_norm import BatchNorm
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .dense_block import DenseLayer, Plan
-from .layout import convolution_is_channels_last, is_channels_last, plain_formats
+from .layout import block_is_channels_last, convolution_is_channels_last
 from .storage import SharedStorage
 
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -92,6 +92,19 @@ def _why_not_convolution(conv: Any, x: Tensor, pointwise: bool) -> str | None:
     return None
 
 
+def _why_not_halving(pool: Any, x: Tensor) -> str | None:
+    """Averages of windows of 2 with stride 2."""
+    why = _why_called(pool, *_AVERAGE_POOLS.values())
+    if why is not None:
+        return f"pool {why}"
+    sizes = [_size(size) for size in (pool.kernel_size, pool.stride, pool.padding)]
+    if sizes != [2, 2, 0] or pool.ceil_mode:
+        return "pool is not over windows of 2 with stride 2"
+    if getattr(pool, "divisor_override", None) is not None or min(x.shape[2:]) < 2:
+        return "pool divides otherwise, or its input is too small"
+    return None
+
+
 # ------------------------------------------------------------------------------------------------
 # Fused pieces
 
@@ -109,6 +122,13 @@ def _batch_norm(norm: Any) -> BatchNorm:
         momentum=norm.momentum,
         eps=norm.eps,
         num_batches_tracked=norm.num_batches_tracked if counts else None,
+    )
+
+
+def _layer_tensors(layer: Any) -> DenseLayer:
+    """Of anything with norm1, conv1, norm2 and conv2."""
+    return DenseLayer(
+        _batch_norm(layer.norm1), layer.conv1.weight, _batch_norm(layer.norm2), layer.conv2.weight
     )
 
 
@@ -207,11 +227,6 @@ class _DenseLayer(nn.Module):
             or _why_not_convolution(self.conv1, x, pointwise=True)
             or _why_not_norm_relu(self.norm2, self.relu2)
             or _why_not_convolution(self.conv2, x, pointwise=False)
-        )
-
-    def tensors(self) -> DenseLayer:
-        return DenseLayer(
-            _batch_norm(self.norm1), self.conv1.weight, _batch_norm(self.norm2), self.conv2.weight
         )
 
     def convolutions(self) -> list[Tensor]:
@@ -359,7 +374,7 @@ class DenseBlock(nn.Module):
         """Those of the layers, and the rate of dropout."""
         layers: list[Any] = list(self.children())
         drop_rate = layers[0].drop_rate if layers[0].training else 0.0
-        return [layer.tensors() for layer in layers], drop_rate
+        return [_layer_tensors(layer) for layer in layers], drop_rate
 
     @torch.compiler.disable
     def plan(self, x: Tensor, reader: nn.Module | None = None) -> Plan | None:
@@ -389,7 +404,7 @@ class DenseBlock(nn.Module):
         """Whether the output would be channels-last with ``efficient=False``."""
         layers: list[Any] = list(self.children())
         weights = [layer.convolutions() for layer in layers]
-        return is_channels_last(x) and all(plain_formats(x, weights, computed_dtype(x)))
+        return block_is_channels_last(x, weights, computed_dtype(x))
 
     def kernel_path(self, x: Tensor) -> str:
         """What the block's 1x1 convolutions would run on for this input, with torch's settings.
@@ -461,17 +476,10 @@ class _Transition(nn.Sequential):
     def why_not_fused(self, x: Tensor) -> str | None:
         if not self.efficient:
             return "efficient=False"
-        pool = self.pool
-        why = _why_called(pool, *_AVERAGE_POOLS.values())
-        if why is not None:
-            return f"pool {why}"
-        sizes = [_size(size) for size in (pool.kernel_size, pool.stride, pool.padding)]
-        if sizes != [2, 2, 0] or pool.ceil_mode:
-            return "pool is not over windows of 2 with stride 2"
-        if getattr(pool, "divisor_override", None) is not None or min(x.shape[2:]) < 2:
-            return "pool divides otherwise, or its input is too small"
-        return _why_not_norm_relu(self.norm, self.relu) or _why_not_convolution(
-            self.conv, x, pointwise=True
+        return (
+            _why_not_halving(self.pool, x)
+            or _why_not_norm_relu(self.norm, self.relu)
+            or _why_not_convolution(self.conv, x, pointwise=True)
         )
 
 

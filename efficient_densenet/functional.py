@@ -17,8 +17,15 @@ import torch
 from torch import Tensor
 
 from ._arguments import computed_dtype
-from .batch_norm import BatchNorm
-from .dense_block import DenseLayer, Plan, _backward, _forward, _new_channels_last
+from .batch_norm import BatchNorm, RunningStatistics
+from .dense_block import (
+    DenseLayer,
+    Plan,
+    _backward,
+    _forward,
+    _new_channels_last,
+    statistics_begins,
+)
 
 _ops = torch.ops.efficient_densenet
 
@@ -71,37 +78,12 @@ def dense_block(
         float(drop_rate),
         recompute,
     )
-    _update(x, layers, norms, outputs[2].detach())
+    begins = zip(statistics_begins(layers), norms, strict=True)
+    trained = [(begin, norm) for begin, norm in begins if norm.training]
+    mean, var = outputs[2].detach().unbind(0)
+    RunningStatistics(trained).update_traced(mean, var, x.numel() // x.size(1))
     result: Tensor = outputs[0]
     return result.to(torch.promote_types(given, dtype))
-
-
-def _update(
-    x: Tensor, layers: Sequence[DenseLayer], norms: Sequence[BatchNorm], statistics: Tensor
-) -> None:
-    """Running statistics of the training norms, as RunningStatistics moves them."""
-    bottleneck = layers[0].conv1.size(0)
-    channels = layers[-1].conv1.size(1) + layers[0].conv2.size(0)
-    firsts = [0] * len(layers) + [channels + i * bottleneck for i in range(len(layers))]
-    begins: list[int] = []
-    momenta: list[float] = []
-    means: list[Tensor] = []
-    variances: list[Tensor] = []
-    counts: list[Tensor] = []
-    for first, norm in zip(firsts, norms, strict=True):
-        if not norm.training or (norm.running_mean is None and norm.num_batches_tracked is None):
-            continue
-        begins.append(first)
-        momenta.append(math.nan if norm.momentum is None else norm.momentum)
-        none = x.new_empty(0, dtype=torch.float32)
-        means.append(none if norm.running_mean is None else norm.running_mean)
-        variances.append(none if norm.running_var is None else norm.running_var)
-        count = norm.num_batches_tracked
-        counts.append(x.new_empty(0, dtype=torch.int64) if count is None else count)
-    if begins:
-        rows = x.numel() // x.size(1)
-        mean, var = statistics.unbind(0)
-        _ops.update_running_statistics(mean, var, rows, begins, means, variances, counts, momenta)
 
 
 def _plan(

@@ -69,3 +69,10 @@ def plain_formats(
         formats.append(new)
         concatenation = concatenation and formats[-1]
     return formats
+
+
+def block_is_channels_last(
+    x: Tensor, convolutions: Sequence[Sequence[Tensor]], dtype: torch.dtype
+) -> bool:
+    """Whether the output of a dense block is channels-last in the plain composition."""
+    return is_channels_last(x) and all(plain_formats(x, convolutions, dtype))
