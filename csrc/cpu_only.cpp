@@ -2,6 +2,7 @@
 #ifndef EFFICIENT_DENSENET_CUDA
 
 #include "bn_relu_conv1x1.h"
+#include "bn_relu_conv3x3.h"
 #include "checks.h"
 
 namespace efficient_densenet::cuda {
@@ -51,6 +52,24 @@ void bn_relu_conv1x1_grad_input(const Problem&, const BatchNorm&, const void*, i
   fail_without_cuda();
 }
 void bn_relu_conv1x1_grad_weight(const Problem&, const BatchNorm&, int64_t, const View&, float*) {
+  fail_without_cuda();
+}
+std::string why_no_conv3x3(int, Element, int64_t, int64_t, int64_t) {
+  return "this build is CPU only";
+}
+int64_t packed_conv3x3_bytes(Element, bool, int64_t, int64_t) { fail_without_cuda(); }
+void pack_conv3x3(Element, bool, const Conv3x3Weights&, void*, void*) { fail_without_cuda(); }
+void bn_relu_conv3x3(const Problem&, const BatchNorm&, const ImageSize&, const void*, int64_t,
+                     const View&, const Statistics*) {
+  fail_without_cuda();
+}
+int64_t conv3x3_grad_pitch(Element, int64_t) { fail_without_cuda(); }
+void bn_relu_conv3x3_grad_input(const Problem&, const BatchNorm&, const ImageSize&, const void*,
+                                int64_t, const Gathered&, const View&, const Gradients&) {
+  fail_without_cuda();
+}
+void bn_relu_conv3x3_grad_weight(const Problem&, const BatchNorm&, const ImageSize&, int64_t,
+                                 const View&, void*) {
   fail_without_cuda();
 }
 

@@ -23,6 +23,7 @@
 
 #include "aten.h"
 #include "bn_relu_conv1x1.h"
+#include "bn_relu_conv3x3.h"
 #include "tensors.h"
 
 namespace efficient_densenet {
@@ -51,6 +52,7 @@ struct Arguments {
   std::optional<Tensor> dropout_mask;  // [L, N, *spatial, k], bool
   double dropout_scale;
   Conv1x1 conv1x1;
+  bool conv3x3;  // the second convolutions run on kernels of our own, too
   bool pooling;  // the last reader averages windows of pixels
 };
 
@@ -88,7 +90,16 @@ class Block {
     double *sums, *s1, *s2;
     Tensor grad_affine;
     bool first_reader;
-    Tensors grad_conv2;  // of the layers that want one, the last layer first
+    Tensors grad_conv2;  // ATen's, of the layers that want one, the last layer first
+  };
+
+  // Weights of all layers as kernels read them, and where each begins.
+  struct Packed {
+    std::optional<Tensor> memory;
+    std::vector<int64_t> begins;
+
+    char* allocate(const std::vector<int64_t>& bytes, const Device& device);
+    const void* at(int64_t layer) const;
   };
 
   int64_t channels_before(int64_t layer) const { return channels_in_ + layer * growth_; }
@@ -110,8 +121,9 @@ class Block {
   bool on_tensor_cores() const { return arguments_.conv1x1 == Conv1x1::kTensorCores; }
   void check_tensor_cores() const;
   void pack_conv1(WeightLayout layout);
-  const void* packed_conv1(WeightLayout layout, int64_t layer) const;
-  Tensor conv2(int64_t layer) const;
+  void pack_conv2(bool grad_input);
+  ImageSize image() const { return {spatial_[0], spatial_[1]}; }
+  Tensor conv2(const Tensor& packed, int64_t layer, int64_t count) const;
   Tensor dropout_mask(int64_t layer) const;
 
   void take_statistics(const Matrix& x, int64_t channels, double* mean, double* var,
@@ -127,13 +139,17 @@ class Block {
   void read(Backward& state, const Norm& norm, const Chunk& chunk, const View& grad_y,
             const Pooling* pooling, const void* packed_conv1 = nullptr);
   Matrix finalise(Backward& state, int64_t begin, int64_t channels, const Matrix& to);
+  Gradients gradients_of(Backward& state, const Norm& norm, const Matrix& grad) const;
   void backward_norm2(Backward& state, const Norm& norm, const Matrix& z, const Matrix& grad);
   Tensor multiply_back(const Matrix& grad_z, const Matrix& a1, int64_t rows, const Tensor& weight,
                        const std::optional<Tensor>& grad_weight);
   void backward_conv1(Backward& state, int64_t layer, const Matrix& grad_z, bool a1_is_ready,
                       const std::optional<Tensor>& grad_weight);
+  Matrix backward_conv2(Backward& state, int64_t layer, const Matrix& z,
+                        const std::optional<Tensor>& grad_weight);
+  Tensor backward_aten_conv2(Backward& state, int64_t layer, const Matrix& z, bool wants_weight);
   void backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
-                      bool wants_conv2);
+                      const std::optional<Tensor>& grad_conv2);
 
   const Arguments& arguments_;
   Device device_;
@@ -147,8 +163,9 @@ class Block {
   double *mean_, *var_;
   std::vector<Norm> norms_;
   int64_t affine_count_ = 0, frozen_count_ = 0;
-  std::optional<Tensor> a1_, a2_, z_, added_;  // scratch
-  std::optional<Tensor> packed_[2];            // conv1, by WeightLayout
+  std::optional<Tensor> a1_, a2_, z_, grad_z_, added_;  // scratch
+  Packed packed_conv1_[2];                              // by WeightLayout
+  Packed packed_conv2_[2];                              // by whether it is for the gradient
 };
 
 void check(bool condition, const Arguments& arguments, const char* what) {
@@ -224,6 +241,7 @@ Block::Block(const Arguments& arguments)
                                     arguments.dropout_mask->is_contiguous() &&
                                     arguments.dropout_mask->numel() == layers_ * rows_ * growth_),
         arguments, "dropout_mask: expected contiguous bool [L, N, *spatial, k]");
+  check(on_tensor_cores() || !arguments.conv3x3, arguments, "conv3x3: needs conv1x1 = 2");
   if (on_tensor_cores()) check_tensor_cores();
   // The arrays' second rows begin where the counts are known only now.
   int64_t frozen_begin = 0;
@@ -244,6 +262,12 @@ void Block::check_tensor_cores() const {
   const std::string why =
       cuda::why_no_tensor_cores(device_.index(), element_, bottleneck_, channels_);
   EFFICIENT_DENSENET_CHECK(why.empty(), arguments_.op, "conv1x1: no tensor cores: ", why);
+  if (!arguments_.conv3x3) return;
+  const bool is_3x3 = spatial_.size() == 2 && kernel_ == Sizes{3, 3} && !arguments_.dropout_mask;
+  check(is_3x3, arguments_, "conv3x3: expected images, 3x3 convolutions and no dropout");
+  const std::string why_not =
+      cuda::why_no_conv3x3(device_.index(), element_, growth_, bottleneck_, spatial_[1]);
+  EFFICIENT_DENSENET_CHECK(why_not.empty(), arguments_.op, "conv3x3: ", why_not);
 }
 
 void Block::add_norm(int64_t channels, double* mean, double* var) {
@@ -386,9 +410,9 @@ Tensor Block::conv1(const Tensor& packed, int64_t layer) const {
   return reinterpret(packed, begin, {bottleneck_, channels}, {channels, 1});
 }
 
-Tensor Block::conv2(int64_t layer) const {
-  const Tensor& packed = arguments_.conv2;
-  return reinterpret(packed, layer * (packed.numel() / layers_),
+// The weights of a layer of so many, likewise.
+Tensor Block::conv2(const Tensor& packed, int64_t layer, int64_t count) const {
+  return reinterpret(packed, layer * (packed.numel() / count),
                      with_sizes(growth_, bottleneck_, kernel_),
                      channels_last_strides(bottleneck_, kernel_));
 }
@@ -413,25 +437,40 @@ void Block::normalise(const Norm& norm, const Matrix& x, int64_t rows, const Mat
   launch_(cpu::concat_bn_relu, cuda::concat_bn_relu, p, norm.bn, view(y));
 }
 
-// All layers' conv1 as the tensor-core kernels read them.
-void Block::pack_conv1(WeightLayout layout) {
-  int64_t bytes = 0;
-  for (int64_t l = 0; l < layers_; ++l) {
-    bytes += cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l));
+char* Block::Packed::allocate(const std::vector<int64_t>& bytes, const Device& device) {
+  int64_t total = 0;
+  begins.clear();
+  for (const int64_t count : bytes) {
+    begins.push_back(total);
+    total += count;
   }
-  Tensor& packed =
-      packed_[static_cast<int>(layout)].emplace(empty({bytes}, ScalarType::Byte, device_));
-  cuda::pack_conv1x1(element_, layout, rows_,
-                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_},
-                     packed.data_ptr(), launch_.stream());
+  memory = empty({total}, ScalarType::Byte, device);
+  return static_cast<char*>(memory->data_ptr());
 }
 
-const void* Block::packed_conv1(WeightLayout layout, int64_t layer) const {
-  int64_t begin = 0;
-  for (int64_t l = 0; l < layer; ++l) {
-    begin += cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l));
+const void* Block::Packed::at(int64_t layer) const {
+  return static_cast<const char*>(memory->data_ptr()) + begins[layer];
+}
+
+// All layers' convolutions as the tensor-core kernels read them.
+void Block::pack_conv1(WeightLayout layout) {
+  std::vector<int64_t> bytes;
+  for (int64_t l = 0; l < layers_; ++l) {
+    bytes.push_back(
+        cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l)));
   }
-  return static_cast<const char*>(packed_[static_cast<int>(layout)]->data_ptr()) + begin;
+  cuda::pack_conv1x1(element_, layout, rows_,
+                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_},
+                     packed_conv1_[static_cast<int>(layout)].allocate(bytes, device_),
+                     launch_.stream());
+}
+
+void Block::pack_conv2(bool grad_input) {
+  const std::vector<int64_t> bytes(
+      layers_, cuda::packed_conv3x3_bytes(element_, grad_input, growth_, bottleneck_));
+  cuda::pack_conv3x3(element_, grad_input,
+                     {arguments_.conv2.data_ptr(), layers_, growth_, bottleneck_},
+                     packed_conv2_[grad_input].allocate(bytes, device_), launch_.stream());
 }
 
 // z = relu(norm1(x)) conv1, and its moments where they are wanted.
@@ -440,7 +479,8 @@ void Block::bottleneck(int64_t layer, const Matrix& z, const Statistics* moments
   if (on_tensor_cores()) {
     Problem p = problem(features_, rows_, channels);
     return launch_(cuda::bn_relu_conv1x1, p, norms_[layer].bn,
-                   packed_conv1(WeightLayout::kForward, layer), bottleneck_, view(z), moments);
+                   packed_conv1_[static_cast<int>(WeightLayout::kForward)].at(layer), bottleneck_,
+                   view(z), moments);
   }
   const Tensor weight = conv1(arguments_.conv1, layer);
   const Tensor transposed = transpose(weight);
@@ -465,16 +505,24 @@ void Block::forward_layer(int64_t layer) {
   const int64_t z_begin = channels_ + layer * bottleneck_;
   const Statistics moments{mean_ + z_begin, var_ + z_begin, nullptr};
   bottleneck(layer, z, norm2.batch_statistics ? &moments : nullptr);
+  const int64_t begin = channels_before(layer);
+  const View to = view(at(features_, 0, begin));
+  if (arguments_.conv3x3) {
+    const Statistics added{mean_ + begin, var_ + begin, nullptr};
+    const Statistics* const wanted = &added;
+    Problem p = problem(z, rows_, bottleneck_);
+    return launch_(cuda::bn_relu_conv3x3, p, norm2.bn, image(), packed_conv2_[false].at(layer),
+                   growth_, to, wanted);
+  }
   const Matrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
   normalise(norm2, z, rows_, a2);
-  Tensor added = aten::convolution(images(a2, bottleneck_), conv2(layer));
+  Tensor added =
+      aten::convolution(images(a2, bottleneck_), conv2(arguments_.conv2, layer, layers_));
   if (arguments_.dropout_mask) {
     added = aten::apply_dropout(added, dropout_mask(layer), arguments_.dropout_scale);
   }
   added = with_inner_channels(added, spatial_);
-  const int64_t begin = channels_before(layer);
-  const View copy = view(at(features_, 0, begin));
-  take_statistics(matrix_of(added), growth_, mean_ + begin, var_ + begin, &copy);
+  take_statistics(matrix_of(added), growth_, mean_ + begin, var_ + begin, &to);
 }
 
 void Block::check_dense(const Tensor& tensor, int64_t elements, ScalarType dtype,
@@ -504,6 +552,7 @@ Pooling Block::pooling() const {
 
 void Block::forward(const std::optional<Tensor>& y) {
   if (on_tensor_cores()) pack_conv1(WeightLayout::kForward);
+  if (arguments_.conv3x3) pack_conv2(false);
   take_statistics(features_, channels_in_, mean_, var_, nullptr);
   for (int64_t l = 0; l < layers_; ++l) forward_layer(l);
   if (!y) return;
@@ -551,13 +600,18 @@ Block::Matrix Block::finalise(Backward& state, int64_t begin, int64_t channels, 
   return to;
 }
 
+// Of a norm whose readers' gradient is in the place of its own.
+Gradients Block::gradients_of(Backward& state, const Norm& norm, const Matrix& grad) const {
+  return {view(grad), affine(state.grad_affine, 0, norm.affine_begin),
+          affine(state.grad_affine, 1, norm.affine_begin), norm.batch_statistics};
+}
+
 // In place: from the gradient of a2 to that of z.
 void Block::backward_norm2(Backward& state, const Norm& norm, const Matrix& z, const Matrix& grad) {
   Problem p = problem(z, rows_, bottleneck_);
   p.features[0].grad_x = view(grad);
-  const Gradients gradients{view(grad), affine(state.grad_affine, 0, norm.affine_begin),
-                            affine(state.grad_affine, 1, norm.affine_begin), norm.batch_statistics};
-  launch_(cpu::concat_bn_relu_backward, cuda::concat_bn_relu_backward, p, norm.bn, gradients);
+  launch_(cpu::concat_bn_relu_backward, cuda::concat_bn_relu_backward, p, norm.bn,
+          gradients_of(state, norm, grad));
 }
 
 // The gradients of conv1's weight and of a1, and norm1's share of what its channels get back.
@@ -572,7 +626,7 @@ void Block::backward_conv1(Backward& state, int64_t layer, const Matrix& grad_z,
               static_cast<float*>(grad_weight->data_ptr()));
     }
     return read(state, norm, {0, rows_, true, true}, view(grad_z), nullptr,
-                packed_conv1(WeightLayout::kGradInput, layer));
+                packed_conv1_[static_cast<int>(WeightLayout::kGradInput)].at(layer));
   }
   const Tensor weight = conv1(arguments_.conv1, layer);
   const std::vector<Chunk> all = chunks(channels);
@@ -617,8 +671,32 @@ Tensor Block::multiply_back(const Matrix& grad_z, const Matrix& a1, int64_t rows
   return inner;
 }
 
-void Block::backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
-                           bool wants_conv2) {
+// The gradients of conv2's weight and of z.
+Block::Matrix Block::backward_conv2(Backward& state, int64_t layer, const Matrix& z,
+                                    const std::optional<Tensor>& grad_weight) {
+  const Norm& norm = norms_[layers_ + layer];
+  const int64_t begin = channels_before(layer);
+  const int64_t pitch = cuda::conv3x3_grad_pitch(element_, growth_);
+  const Matrix grad_z = scratch(&grad_z_, rows_ * bottleneck_, bottleneck_);
+  const View grad_added = view(scratch(&added_, rows_ * pitch, pitch));
+  const Gathered gathered{view(at(state.grad_features, 0, begin)),
+                          view(at(features_, 0, begin)),
+                          mean_ + begin,
+                          {state.s1 + begin, state.s2 + begin}};
+  Problem p = problem(z, rows_, bottleneck_);
+  p.features[0].grad_x = view(grad_z);
+  launch_(cuda::bn_relu_conv3x3_grad_input, p, norm.bn, image(), packed_conv2_[true].at(layer),
+          growth_, gathered, grad_added, gradients_of(state, norm, grad_z));
+  if (grad_weight) {
+    launch_(cuda::bn_relu_conv3x3_grad_weight, p, norm.bn, image(), growth_, grad_added,
+            grad_weight->data_ptr());
+  }
+  return grad_z;
+}
+
+// The same by ATen's convolutions; the weight's gradient goes to state.grad_conv2.
+Tensor Block::backward_aten_conv2(Backward& state, int64_t layer, const Matrix& z,
+                                  bool wants_weight) {
   const Norm& norm2 = norms_[layers_ + layer];
   const Matrix added =
       finalise(state, channels_before(layer), growth_, scratch(&added_, rows_ * growth_, growth_));
@@ -626,20 +704,31 @@ void Block::backward_layer(Backward& state, int64_t layer, const std::optional<T
   if (arguments_.dropout_mask) {
     grad_added = aten::apply_dropout(grad_added, dropout_mask(layer), arguments_.dropout_scale);
   }
-  const Matrix z = this->z(layer);
-  if (!arguments_.z) bottleneck(layer, z, nullptr);
-  const bool a1_is_ready = !arguments_.z && chunks(channels_before(layer)).size() == 1;
   const Matrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
-  if (wants_conv2) normalise(norm2, z, rows_, a2);
-  const auto gradients = aten::convolution_backward(grad_added, images(a2, bottleneck_),
-                                                    conv2(layer), true, wants_conv2);
-  if (wants_conv2) {
+  if (wants_weight) normalise(norm2, z, rows_, a2);
+  const auto gradients =
+      aten::convolution_backward(grad_added, images(a2, bottleneck_),
+                                 conv2(arguments_.conv2, layer, layers_), true, wants_weight);
+  if (wants_weight) {
     const Tensor weight = with_inner_channels(*gradients.weight, kernel_);
     const int64_t size = weight.numel();
     state.grad_conv2.push_back(reinterpret(weight, 0, {1, size}, {size, 1}));
   }
   const Tensor grad_z = with_inner_channels(*gradients.x, spatial_);
   backward_norm2(state, norm2, z, matrix_of(grad_z));
+  return grad_z;
+}
+
+void Block::backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
+                           const std::optional<Tensor>& grad_conv2) {
+  const Matrix z = this->z(layer);
+  if (!arguments_.z) bottleneck(layer, z, nullptr);
+  if (arguments_.conv3x3) {
+    const Matrix grad_z = backward_conv2(state, layer, z, grad_conv2);
+    return backward_conv1(state, layer, grad_z, false, grad_conv1);
+  }
+  const bool a1_is_ready = !arguments_.z && chunks(channels_before(layer)).size() == 1;
+  const Tensor grad_z = backward_aten_conv2(state, layer, z, grad_conv2.has_value());
   backward_conv1(state, layer, matrix_of(grad_z), a1_is_ready, grad_conv1);
 }
 
@@ -665,16 +754,17 @@ void Block::backward(const Tensor& grad_features, const std::optional<Tensor>& g
         "grad_conv1: expected as many elements as conv1");
   const auto wanted =
       std::count_if(wants_conv2.begin(), wants_conv2.end(), [](int64_t w) { return w; });
-  check(
-      wanted == 0 || (grad_conv2 && grad_conv2->size(0) == wanted && grad_conv2->is_contiguous() &&
-                      grad_conv2->numel() == wanted * (arguments_.conv2.numel() / layers_)),
-      arguments_, "grad_conv2: expected contiguous [layers that want it, k, *kernel, B]");
+  check(wanted == 0 || (grad_conv2 && grad_conv2->scalar_type() == dtype_ &&
+                        grad_conv2->size(0) == wanted && grad_conv2->is_contiguous() &&
+                        grad_conv2->numel() == wanted * (arguments_.conv2.numel() / layers_)),
+        arguments_, "grad_conv2: expected contiguous [layers that want it, k, *kernel, B]");
   if (on_tensor_cores()) {
     if (!arguments_.z) pack_conv1(WeightLayout::kForward);
     pack_conv1(WeightLayout::kGradInput);
     check(!grad_conv1 || grad_conv1->scalar_type() == ScalarType::Float, arguments_,
           "grad_conv1: expected float32");
   }
+  if (arguments_.conv3x3) pack_conv2(true);
   Tensor numbers = empty({4 * channels_}, ScalarType::Double, device_);
   torch::stable::zero_(numbers);
   double* const sums = static_cast<double*>(numbers.data_ptr());
@@ -691,12 +781,14 @@ void Block::backward(const Tensor& grad_features, const std::optional<Tensor>& g
          arguments_.pooling ? &pooling : nullptr);
     state.first_reader = false;
   }
+  int64_t left = wanted;  // of grad_conv2
   for (int64_t l = layers_ - 1; l >= 0; --l) {
-    std::optional<Tensor> weight;
-    if (wants_conv1[l]) weight = conv1(*grad_conv1, l);
-    backward_layer(state, l, weight, wants_conv2[l]);
+    std::optional<Tensor> weight1, weight2;
+    if (wants_conv1[l]) weight1 = conv1(*grad_conv1, l);
+    if (wants_conv2[l]) weight2 = conv2(*grad_conv2, --left, wanted);
+    backward_layer(state, l, weight1, weight2);
   }
-  if (grad_conv2) {
+  if (!state.grad_conv2.empty()) {
     std::reverse(state.grad_conv2.begin(), state.grad_conv2.end());
     const int64_t size = grad_conv2->numel() / grad_conv2->size(0);
     aten::cat_out(state.grad_conv2,
@@ -717,7 +809,7 @@ void dense_block(const Tensor& features, const std::optional<Tensor>& bottleneck
                  const Tensor& affine, const std::optional<Tensor>& frozen,
                  const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                  const std::optional<Tensor>& dropout_mask, double dropout_scale, int64_t conv1x1,
-                 const std::optional<Tensor>& y, bool pooling) {
+                 bool conv3x3, const std::optional<Tensor>& y, bool pooling) {
   const Arguments arguments{"efficient_densenet::dense_block",
                             features,
                             bottlenecks,
@@ -731,6 +823,7 @@ void dense_block(const Tensor& features, const std::optional<Tensor>& bottleneck
                             dropout_mask,
                             dropout_scale,
                             conv1x1_of(conv1x1),
+                            conv3x3,
                             pooling};
   Block(arguments).forward(y);
 }
@@ -742,7 +835,7 @@ void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& gra
                           const std::optional<Tensor>& frozen,
                           const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                           const std::optional<Tensor>& dropout_mask, double dropout_scale,
-                          int64_t conv1x1, bool pooling, const Tensor& grad_affine,
+                          int64_t conv1x1, bool conv3x3, bool pooling, const Tensor& grad_affine,
                           const std::optional<Tensor>& grad_conv1,
                           const std::vector<int64_t>& wants_conv1,
                           const std::optional<Tensor>& grad_conv2,
@@ -760,6 +853,7 @@ void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& gra
                             dropout_mask,
                             dropout_scale,
                             conv1x1_of(conv1x1),
+                            conv3x3,
                             pooling};
   Block(arguments).backward(grad_features, grad_y, grad_x, grad_affine, grad_conv1, wants_conv1,
                             grad_conv2, wants_conv2);
@@ -811,13 +905,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
   m.def(
       "dense_block(Tensor(a!) features, Tensor(b!)? bottlenecks, Tensor(c!) statistics, "
       "Tensor conv1, Tensor conv2, Tensor affine, Tensor? frozen, int[] frozen_norms, "
-      "float[] eps, Tensor? dropout_mask, float dropout_scale, int conv1x1, Tensor(d!)? y, "
-      "bool pooling) -> ()");
+      "float[] eps, Tensor? dropout_mask, float dropout_scale, int conv1x1, bool conv3x3, "
+      "Tensor(d!)? y, bool pooling) -> ()");
   m.def(
       "dense_block_backward(Tensor? grad_y, Tensor(a!) grad_features, Tensor(b!)? grad_x, "
       "Tensor features, Tensor? bottlenecks, Tensor statistics, Tensor conv1, Tensor conv2, "
       "Tensor affine, Tensor? frozen, int[] frozen_norms, float[] eps, Tensor? dropout_mask, "
-      "float dropout_scale, int conv1x1, bool pooling, Tensor(c!) grad_affine, "
+      "float dropout_scale, int conv1x1, bool conv3x3, bool pooling, Tensor(c!) grad_affine, "
       "Tensor(d!)? grad_conv1, int[] wants_conv1, Tensor(e!)? grad_conv2, int[] wants_conv2) "
       "-> ()");
   m.def(

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "bn_relu_conv1x1.h"
+#include "bn_relu_conv3x3.h"
 
 namespace py = pybind11;
 
@@ -31,12 +32,20 @@ py::dict build_info() {
 }
 
 // `itemsize` is that of the dtype; both of 16 bits have the same limits.
-std::string why_no_tensor_cores(int device_index, int itemsize, int64_t outputs, int64_t channels) {
+efficient_densenet::Element element_of(int itemsize) {
   using efficient_densenet::Element;
-  const Element element = itemsize == 8   ? Element::kDouble
-                          : itemsize == 4 ? Element::kFloat
-                                          : Element::kBFloat16;
-  return efficient_densenet::cuda::why_no_tensor_cores(device_index, element, outputs, channels);
+  return itemsize == 8 ? Element::kDouble : itemsize == 4 ? Element::kFloat : Element::kBFloat16;
+}
+
+std::string why_no_tensor_cores(int device_index, int itemsize, int64_t outputs, int64_t channels) {
+  return efficient_densenet::cuda::why_no_tensor_cores(device_index, element_of(itemsize), outputs,
+                                                       channels);
+}
+
+std::string why_no_conv3x3(int device_index, int itemsize, int64_t outputs, int64_t channels,
+                           int64_t width) {
+  return efficient_densenet::cuda::why_no_conv3x3(device_index, element_of(itemsize), outputs,
+                                                  channels, width);
 }
 
 }  // namespace
@@ -45,6 +54,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "How this module was built.");
   module.def("why_no_tensor_cores", &why_no_tensor_cores,
              "Empty, or why the tensor-core kernels cannot run on a CUDA device.");
+  module.def("why_no_conv3x3", &why_no_conv3x3,
+             "Empty, or why the kernels of 3x3 convolutions cannot run where the others can.");
   module.def("limit_shared_memory", &efficient_densenet::cuda::limit_shared_memory,
              "For tests: as on a device with less shared memory, in bytes; 0 ends that.");
 }

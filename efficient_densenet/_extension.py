@@ -75,6 +75,8 @@ _C = _load()
 for _name in (
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_backward",
     "concat_bn_relu",
     "dense_block",
     "dense_block_backward",

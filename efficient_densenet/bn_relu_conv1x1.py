@@ -37,8 +37,12 @@ def why_not_tensor_cores(
         return f"the features are on {device.type}"
     if dtype == torch.float32 and _fp32_precision("cuda", "conv") != "tf32":
         return "TF32 is off for convolutions"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _why_not_on_device(index, dtype.itemsize, bottleneck, channels)
+    return _why_not_on_device(device_index(device), dtype.itemsize, bottleneck, channels)
+
+
+def device_index(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def choose_conv1x1(

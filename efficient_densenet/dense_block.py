@@ -25,6 +25,7 @@ from ._once import check_transforms, differentiable_once
 from ._out_of_memory import out_of_memory_as_torch_raises_it
 from .batch_norm import BatchNorm, RunningStatistics
 from .bn_relu_conv1x1 import Conv1x1, choose_conv1x1, why_not_tensor_cores
+from .bn_relu_conv3x3 import why_not_conv3x3
 from .layout import dense_strides, is_channels_last, plain_formats
 
 _ops = torch.ops.efficient_densenet
@@ -164,13 +165,20 @@ class Plan:
     def conv1x1(self, device: torch.device) -> Conv1x1:
         return choose_conv1x1(device, self.dtype, self.channels, self.bottleneck)
 
-    def kernel_path(self, device: torch.device) -> str:
+    def why_not_conv3x3(self, features: Tensor) -> str | None:
+        """Why the second convolutions of such features run as operators of torch."""
+        kernel = self.conv2[0].shape[2:]
+        return why_not_conv3x3(features, kernel, self.growth, self.bottleneck, self.drop_rate > 0)
+
+    def kernel_path(self, x: Tensor) -> str:
         """See :meth:`efficient_densenet.DenseBlock.kernel_path`."""
-        path = self.conv1x1(device)
+        path = self.conv1x1(x.device)
         if path == Conv1x1.TENSOR_CORES:
-            return "tensor cores"
+            sizes = x.size(0), self.channels, *x.shape[2:]
+            why = self.why_not_conv3x3(x.new_empty(1, dtype=self.dtype).expand(sizes))
+            return "tensor cores" if why is None else f"tensor cores but for conv2: {why}"
         name = "matrix products" if path == Conv1x1.PRODUCT else "convolutions"
-        why = why_not_tensor_cores(device, self.dtype, self.channels, self.bottleneck)
+        why = why_not_tensor_cores(x.device, self.dtype, self.channels, self.bottleneck)
         return f"{name}: {why}"
 
     def kept_bytes(self, rows: int) -> tuple[int, int]:
@@ -245,6 +253,7 @@ def _settings(plan: Plan, kept: _Kept) -> tuple[Any, ...]:
     scale, conv1x1 = 1 / (1 - plan.drop_rate), plan.conv1x1(kept.features.device)
     return (
         kept.affine, kept.frozen, plan.frozen_norms, plan.eps, kept.dropout_mask, scale, conv1x1,
+        plan.why_not_conv3x3(kept.features) is None,
     )  # fmt: skip
 
 

@@ -416,7 +416,7 @@ class DenseBlock(nn.Module):
         why = self.why_not_fused(x)
         if why is not None:
             return f"layer by layer: {why}"
-        path: str = self.plan(x).kernel_path(x.device)
+        path: str = self.plan(x).kernel_path(x)
         return path
 
     def why_not_fused(self, x: Tensor) -> str | None:

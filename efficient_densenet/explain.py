@@ -74,7 +74,7 @@ def _report(name: str, block: nn.Module, x: Tensor | None) -> BlockReport:
             return BlockReport(name, f"layer by layer: {block.why_not_fused(x)}", None, None)
         return BlockReport(name, f"library: {_why_not_block(block, x)}", None, None)
     kept, plain = plan.kept_bytes(x.size(0) * math.prod(x.shape[2:]))
-    return BlockReport(name, plan.kernel_path(x.device), kept, plain)
+    return BlockReport(name, plan.kernel_path(x), kept, plain)
 
 
 def _why_not_converted(block: nn.Module) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from efficient_densenet._extension import _C
 from reference import DEVICES
 
 
@@ -27,3 +28,19 @@ def full_precision_and_seed():
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
+
+
+@pytest.fixture
+def tf32():
+    """As torch's defaults: on for convolutions. Here for products too, so that plain has it."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture
+def little_shared_memory():
+    """99 KB, as compute capability 8.6 and 8.9."""
+    _C.limit_shared_memory(99 << 10)
+    yield
+    _C.limit_shared_memory(0)

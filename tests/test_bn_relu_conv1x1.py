@@ -6,39 +6,16 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from block_reference import block_errors, make_block_problem, run
 from efficient_densenet import DenseBlock, DenseNet, dense_block
-from efficient_densenet._extension import _C
 from efficient_densenet.bn_relu_conv1x1 import Conv1x1, why_not_tensor_cores
 from reference import assert_error_ratio, relative_error, requires_cuda
+from tensor_cores import BN_EPS, EPS, by_dtype, kernels_of, requires_tensor_cores
 
 OPS = torch.ops.efficient_densenet
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EPS = {torch.float32: 2.0**-10, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # of operands
 KERNELS = "bn_relu_conv1x1_kernel", "bn_relu_conv1x1_grad_input_kernel"
 KERNELS += ("bn_relu_conv1x1_grad_weight_kernel",)
-BN_EPS = 1e-5
-
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
-
-
-def has_tensor_cores():
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-requires_tensor_cores = pytest.mark.skipif(
-    not has_tensor_cores(), reason="needs a GPU of compute capability 8.0"
-)
-
-
-@pytest.fixture
-def tf32():
-    """As torch's defaults: on for convolutions. Here for products too, so that plain has it."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @dataclasses.dataclass
@@ -198,14 +175,6 @@ def test_kernels(dtype, shape, padding, tf32):
     assert_kernels_match(make_problem(*shape, dtype, padding=padding))
 
 
-@pytest.fixture
-def little_shared_memory():
-    """99 KB, as compute capability 8.6 and 8.9."""
-    _C.limit_shared_memory(99 << 10)
-    yield
-    _C.limit_shared_memory(0)
-
-
 @requires_tensor_cores
 @pytest.mark.parametrize(
     "shape", [*SHAPES, (40_000, 2000, 128), (20_000, 2500, 256), (300, 5000, 64)], ids=str
@@ -346,11 +315,11 @@ def test_arguments_of_the_operators():
     p = make_problem(20, 24, 48, torch.bfloat16)
     z = torch.empty(20, 48, dtype=torch.bfloat16, device="cuda")
     wrong = {
-        "no tensor cores: there are no float64": dict(x=p.x.double()),
+        "no kernels: there are no float64": dict(x=p.x.double()),
         "mean": dict(mean=p.mean.float()),
         "weight": dict(weight=p.weight[1:]),
         "conv1": dict(conv1=p.conv1[:, 1:]),
-        "no tensor cores: the bottleneck has 288": dict(conv1=p.conv1.repeat(6, 1)),
+        "no kernels: the bottleneck has 288": dict(conv1=p.conv1.repeat(6, 1)),
         "z": dict(z=z[1:]),
         "moments": dict(moments=torch.empty(2, 47, dtype=torch.float64, device="cuda")),
     }
@@ -378,14 +347,6 @@ def test_opcheck():
 # Blocks
 
 
-def kernels_of(function):
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    names = [event.name for event in profiler.events()]
-    return {kernel for kernel in KERNELS if any(kernel in name for name in names)}
-
-
 def train(block, x):
     block(x).float().square().mean().backward()
 
@@ -397,10 +358,10 @@ def test_a_block_runs_on_tensor_cores(dtype, recompute, tf32):
     block = DenseBlock(3, 16, 12, recompute=recompute).cuda().to(dtype)
     x = torch.randn(4, 16, 9, 9, device="cuda", dtype=dtype)
     assert block.kernel_path(x) == "tensor cores"
-    assert kernels_of(lambda: train(block, x)) == set(KERNELS)
+    assert kernels_of(lambda: train(block, x), KERNELS) == set(KERNELS)
     for layer in block.children():
         layer.conv1.weight.requires_grad_(False)
-    assert kernels_of(lambda: train(block, x)) == set(KERNELS[:2])
+    assert kernels_of(lambda: train(block, x), KERNELS) == set(KERNELS[:2])
 
 
 @requires_tensor_cores
@@ -420,7 +381,7 @@ def test_a_block_that_does_not():
             block.denselayer1.conv1.register_forward_hook(lambda *args: None)
         x = torch.randn(4, block.denselayer1.conv1.in_channels, 9, 9, device="cuda", dtype=dtype)
         assert block.kernel_path(x).startswith(expected)
-        assert kernels_of(lambda block=block, x=x: train(block, x)) == set()
+        assert kernels_of(lambda block=block, x=x: train(block, x), KERNELS) == set()
 
 
 @requires_tensor_cores
@@ -429,7 +390,7 @@ def test_autocast_runs_on_tensor_cores():
     x = torch.randn(4, 16, 9, 9, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         assert block.kernel_path(x) == "tensor cores"
-        assert kernels_of(lambda: train(block, x)) == set(KERNELS)
+        assert kernels_of(lambda: train(block, x), KERNELS) == set(KERNELS)
     assert block.kernel_path(x).startswith("matrix products: TF32 is off")
 
 

@@ -19,7 +19,7 @@
 // Limit: memory where M is large; else the latency of a chunk, C / kChunk times in a row.
 #include "../bn_relu_conv1x1.h"
 #include "mma.cuh"
-#include "moments.cuh"
+#include "product.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -27,51 +27,6 @@ namespace {
 constexpr int kMaxWarps = 8;
 constexpr int64_t kBlocks = 264;  // along the rows, at most; two per multiprocessor of a large GPU
 constexpr int kStages = 4;        // of copies under way
-
-template <int n>
-constexpr int kHalf = n % 2 == 0 ? n / 2 : n;
-
-// What the lanes of a warp hold of the moments of a tile: kColumns per lane at first, and after
-// merging over the 8 lanes of a column, each of which then owns a share of them.
-template <int kColumns>
-struct TileMoments {
-  static constexpr int kOwned = kHalf<kHalf<kHalf<kColumns>>>;
-  float count = 0, mean[kColumns] = {}, m2[kColumns] = {};
-  int first = 0;      // column that the lane's first number is about
-  bool owner = true;  // false: another lane has the same columns
-
-  // Merges with the lane whose number differs in `bit`; each keeps half of the columns where their
-  // number is even.
-  template <int kNow>
-  __device__ void merge_lanes(int bit) {
-    const bool upper = threadIdx.x & bit;
-    const float other_count = __shfl_xor_sync(~0u, count, bit);
-    const float total = count + other_count;
-    const float fraction = total == 0 ? 0 : other_count / total, weight = count * fraction;
-    constexpr int kNext = kHalf<kNow>;
-    constexpr bool kSplits = kNext < kNow;
-#pragma unroll
-    for (int i = 0; i < kNext; ++i) {
-      const int j = kSplits ? i + kNext : i;
-      const float kept_mean = kSplits && upper ? mean[j] : mean[i];
-      const float kept_m2 = kSplits && upper ? m2[j] : m2[i];
-      const float other_mean = __shfl_xor_sync(~0u, kSplits && upper ? mean[i] : mean[j], bit);
-      const float other_m2 = __shfl_xor_sync(~0u, kSplits && upper ? m2[i] : m2[j], bit);
-      const float delta = other_mean - kept_mean;
-      mean[i] = fma(delta, fraction, kept_mean);
-      m2[i] = fma(delta * delta, weight, kept_m2 + other_m2);
-    }
-    count = total;
-    if (kSplits && upper) first += kNext;
-    if (!kSplits && upper) owner = false;
-  }
-
-  __device__ void merge_all_lanes() {
-    merge_lanes<kColumns>(16);
-    merge_lanes<kHalf<kColumns>>(8);
-    merge_lanes<kHalf<kHalf<kColumns>>>(4);
-  }
-};
 
 struct Sizes {
   int64_t rows, rows_per_block;
@@ -98,7 +53,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
                            const uint4* weight, const __grid_constant__ Rows<T> z,
                            double* partial_mean, double* partial_m2) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
-  constexpr int kOutputs = kTiles * kTileColumns, kPairs = kTiles / 2, kOwnRows = 2 * kRowTiles;
+  constexpr int kOutputs = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
   extern __shared__ uint4 shared[];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / kPieces, t = lane % kPieces;
@@ -150,10 +105,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
 
   float sums[kRowTiles][kTiles][4] = {};
-  using Tile_ = TileMoments<4 * kPairs>;
-  Moments<float, Tile_::kOwned> moments;
-  int first_owned = 0;
-  bool owner = true;
+  WarpMoments<kTiles> moments;
   int chunk = 0;
   int64_t row = begin + warp * kRowTiles * kTileRows + g;
   for (int i = 0; i < total; ++i) {
@@ -181,95 +133,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     }
     if (++chunk < chunks) continue;
 
-    // The tile is done: store it, and take its moments.
-    Tile_ tile;
-#pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) tile.count += row + r * 8 < end;
-    const bool full = __all_sync(~0u, tile.count == kOwnRows);
-    const float share = 1 / fmaxf(tile.count, 1);
-    T* const to = z.at(row, first_output + 4 * t);
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const int place = pair * 2 * kTileColumns;
-      const int count = count_before<4>(sizes.outputs, first_output + place + 4 * t);
-      Pack<T, 4> values[kOwnRows];
-#pragma unroll
-      for (int r = 0; r < kOwnRows; ++r) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          values[r].values[k] = narrow<T>(sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2]);
-        }
-        if (full || row + r * 8 < end) {
-          store_row(to + r * 8 * z.stride + place, values[r], z.aligned, count);
-        } else {
-          values[r] = r == 0 ? Pack<T, 4>{} : values[0];  // which adds nothing below
-        }
-      }
-      if (partial_mean == nullptr) continue;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        // As stored. Relative to the first of so few rows, the squares' sum loses no digits.
-        const float first = widen(values[0].values[k]);
-        float sum = 0, squares = 0;
-#pragma unroll
-        for (int r = 1; r < kOwnRows; ++r) {
-          const float delta = widen(values[r].values[k]) - first;
-          sum += delta;
-          squares = fma(delta, delta, squares);
-        }
-        const float mean = sum * share;
-        tile.mean[4 * pair + k] = first + mean;
-        tile.m2[4 * pair + k] = fma(-mean, sum, squares);
-      }
-    }
-    if (partial_mean != nullptr) {
-      tile.merge_all_lanes();
-      moments.merge(
-          tile.count, [&](int k) { return tile.mean[k]; }, [&](int k) { return tile.m2[k]; });
-      first_owned = tile.first;
-      owner = tile.owner;
-    }
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sums[m][j][k] = 0;
-      }
-    }
+    store_tile<T>(sums, z, row, end, first_output, sizes.outputs,
+                  partial_mean ? &moments : nullptr);
     chunk = 0;
     row += tile_rows;
   }
   if (partial_mean == nullptr) return;
 
-  // The warps' moments, in order.
   wait_for_copies<0>();
   __syncthreads();
-  float* const means = reinterpret_cast<float*>(stages);
-  float *const m2s = means + warps * kOutputs, *const counts = m2s + warps * kOutputs;
-  if (lane == 0) counts[warp] = moments.count;
-  if (owner) {
-#pragma unroll
-    for (int k = 0; k < Tile_::kOwned; ++k) {
-      const int place = first_owned + k;
-      const int column = place / 4 * 2 * kTileColumns + 4 * t + place % 4;
-      means[warp * kOutputs + column] = moments.mean[k];
-      m2s[warp * kOutputs + column] = moments.m2[k];
-    }
-  }
-  __syncthreads();
-  for (int n = threadIdx.x; n < kOutputs; n += blockDim.x) {
-    if (first_output + n >= sizes.outputs) break;
-    Moments<float, 1> all;
-    for (int w = 0; w < warps; ++w) {
-      all.merge(
-          counts[w], [&](int) { return means[w * kOutputs + n]; },
-          [&](int) { return m2s[w * kOutputs + n]; });
-    }
-    const int64_t i = static_cast<int64_t>(first_output + n) * gridDim.x + blockIdx.x;
-    partial_mean[i] = all.mean[0];
-    partial_m2[i] = all.m2[0];
-  }
+  moments.write(reinterpret_cast<float*>(stages), first_output, sizes.outputs, partial_mean,
+                partial_m2);
 #endif
 }
 
@@ -380,21 +254,6 @@ __global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weigh
     packed[i] = inside ? to_operand(from[n * channels + c]) : narrow<T>(0.0f);
   }
 }
-
-// Makes a device the current one for as long as it lives.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int index) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(index), "cudaSetDevice");
-  }
-  ~CurrentDevice() { cudaSetDevice(before_); }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
 
 std::atomic<int64_t> limit_of_tests{0};
 

@@ -19,6 +19,7 @@
 // Limit: shared memory, read N/16 + 2 times per 16 rows and 32 columns, and memory.
 #include "../bn_relu_conv1x1.h"
 #include "mma.cuh"
+#include "parts.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -227,15 +228,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
 #endif
 }
 
-__global__ void add_grad_weight_kernel(int64_t elements, int parts, const float* partial,
-                                       float* grad_weight) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= elements) return;
-  double sum = 0;
-  for (int part = 0; part < parts; ++part) sum += partial[part * elements + i];
-  grad_weight[i] = static_cast<float>(sum);
-}
-
 // Outputs of a block: all of N up to 128, else half of it. Half of 128 where shared memory is too
 // little.
 template <typename T, typename Body>
@@ -275,9 +267,7 @@ void bn_relu_conv1x1_grad_weight(const Problem& problem, const BatchNorm& bn, in
       kKernel<<<dim3(column_blocks, output_blocks, parts), kWarps * kWarp, S::kBytes, stream>>>(
           sizes, Rows<const T>(problem.features[0].x), bn, Rows<const T>(grad_z), partial);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_weight_kernel");
-      add_grad_weight_kernel<<<ceil_div(elements, kThreads), kThreads, 0, stream>>>(
-          elements, parts, partial, grad_weight);
-      check(cudaGetLastError(), "add_grad_weight_kernel");
+      add_parts(elements, parts, partial, grad_weight, stream);
     });
   });
 }

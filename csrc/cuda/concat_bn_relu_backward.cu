@@ -12,7 +12,7 @@
 // possible.
 // Limit: memory bandwidth. Shared memory: 19 KB at V = 4. Sums: a thread's in the arithmetic type,
 // all others in double; fixed order everywhere.
-#include "sums.cuh"
+#include "concat_bn_relu_backward.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -141,34 +141,51 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+void merge_sums(const Problem& problem, const BatchNorm& bn, const Gradients& gradients,
+                const Chunking& chunking, const double* partial_dz,
+                const double* partial_dz_centred) {
+  const auto kernel =
+      is_double(problem.element) ? merge_sums_kernel<double> : merge_sums_kernel<float>;
+  kernel<<<merge_grid(problem.channels), merge_block(), 0,
+           static_cast<cudaStream_t>(problem.stream)>>>(problem.channels, chunking, partial_dz,
+                                                        partial_dz_centred, bn, gradients);
+  check(cudaGetLastError(), "merge_sums_kernel");
+}
+
+void backward_elementwise(const Problem& problem, const BatchNorm& bn, const Gradients& gradients) {
+  const Plan plan(problem, &gradients.grad_y, Plan::kElementwiseBlocks);
+  dispatch(problem, plan.walk, [&](auto element, auto walk) {
+    using T = decltype(element);
+    using W = decltype(walk);
+    using Inputs = typename W::Inputs;
+    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
+      grad_features_kernel<T, W::vector, W::channels_inner, Inputs>
+          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+              inputs, problem.rows, plan.chunking, bn, gradients);
+      check(cudaGetLastError(), "grad_features_kernel");
+    });
+  });
+}
+
 void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
                              const Gradients& gradients) {
-  const Plan sums_plan(problem, &gradients.grad_y, Plan::kReductionBlocks);
-  const Plan grad_plan(problem, &gradients.grad_y, Plan::kElementwiseBlocks);
-  const auto stream = static_cast<cudaStream_t>(problem.stream);
-  double* const partial_dz = sums_plan.workspace(problem);
-  double* const partial_dz_centred = partial_dz + problem.channels * sums_plan.chunking.chunks;
-  dispatch(problem, sums_plan.walk, [&](auto element, auto walk) {
+  const Plan plan(problem, &gradients.grad_y, Plan::kReductionBlocks);
+  double* const partial_dz = plan.workspace(problem);
+  double* const partial_dz_centred = partial_dz + problem.channels * plan.chunking.chunks;
+  dispatch(problem, plan.walk, [&](auto element, auto walk) {
     using T = decltype(element);
     using W = decltype(walk);
     using Inputs = typename W::Inputs;
     for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
       backward_sums_kernel<T, W::vector, W::channels_inner, Inputs>
-          <<<sums_plan.grid(inputs), sums_plan.block, 0, stream>>>(
-              inputs, problem.rows, sums_plan.chunking, bn, gradients.grad_y, partial_dz,
+          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+              inputs, problem.rows, plan.chunking, bn, gradients.grad_y, partial_dz,
               partial_dz_centred);
       check(cudaGetLastError(), "backward_sums_kernel");
     });
-    merge_sums_kernel<acc_t<T>><<<merge_grid(problem.channels), merge_block(), 0, stream>>>(
-        problem.channels, sums_plan.chunking, partial_dz, partial_dz_centred, bn, gradients);
-    check(cudaGetLastError(), "merge_sums_kernel");
-    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      grad_features_kernel<T, W::vector, W::channels_inner, Inputs>
-          <<<grad_plan.grid(inputs), grad_plan.block, 0, stream>>>(
-              inputs, problem.rows, grad_plan.chunking, bn, gradients);
-      check(cudaGetLastError(), "grad_features_kernel");
-    });
   });
+  merge_sums(problem, bn, gradients, plan.chunking, partial_dz, partial_dz_centred);
+  backward_elementwise(problem, bn, gradients);
 }
 
 }  // namespace efficient_densenet::cuda

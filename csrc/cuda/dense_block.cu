@@ -135,24 +135,7 @@ __global__ void merge_reader_kernel(int64_t channels, Chunking chunking, const d
 }
 
 // ---------------------------------------------------------------------------------------------
-// finalise: grad_x = G - (offset + ((x - rounded mean) * slope + rest of offset))
-//
-// An error that is the same in every row adds up in sums over the rows. So what the rounded offset
-// lacks comes in here, and G is rounded only once, against a number that differs in every row.
-
-template <typename Acc>
-struct FinalChannel {
-  Acc mean, offset, rest, slope;
-
-  __device__ static FinalChannel load(const double* mean, const Correction& correction,
-                                      int64_t row_count, int64_t c) {
-    const auto rounded = static_cast<Acc>(mean[c]);
-    const double slope = correction.s2[c] / row_count;
-    const double exact = correction.s1[c] / row_count - (mean[c] - rounded) * slope;
-    const auto offset = static_cast<Acc>(exact);
-    return {rounded, offset, static_cast<Acc>(exact - offset), static_cast<Acc>(slope)};
-  }
-};
+// finalise
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
@@ -183,10 +166,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const FinalChannel<Acc>& channel = channels[i];
-        const Acc centred = widen(x_packs[s].values[i]) - channel.mean;
-        const Acc correction = channel.offset + fma(centred, channel.slope, channel.rest);
-        x_packs[s].values[i] = narrow<T>(grad_packs[s].values[i] - correction);
+        const Acc value = widen(x_packs[s].values[i]);
+        x_packs[s].values[i] = narrow<T>(channels[i].gradient(grad_packs[s].values[i], value));
       }
       *grad_x.at(row + s * tile.row_step) = x_packs[s];
     }

@@ -294,17 +294,27 @@ void dispatch_tiles(int tiles, const Body& body) {
 
 template <typename Body>
 void dispatch_operand(Element element, const Body& body) {
-  switch (element) {
-    case Element::kFloat:
-      return body(float{});
-    case Element::kHalf:
-      return body(__half{});
-    case Element::kBFloat16:
-      return body(__nv_bfloat16{});
-    case Element::kDouble:
-      fail("efficient_densenet", "tensor-core kernels: no float64");
-  }
+  EFFICIENT_DENSENET_CHECK(!is_double(element), "efficient_densenet",
+                           "tensor-core kernels: no float64");
+  dispatch_element(element, [&](auto tag) {
+    if constexpr (!std::is_same_v<decltype(tag), double>) body(tag);
+  });
 }
+
+// Makes a device the current one for as long as it lives.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(index), "cudaSetDevice");
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
 
 // Bytes of shared memory that a block is to have on the current device. In bn_relu_conv1x1.cu.
 int64_t shared_memory();

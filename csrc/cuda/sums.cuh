@@ -93,6 +93,28 @@ struct ChannelGradients {
   }
 };
 
+// The gradient of a channel whose readers have all been heard:
+//
+//   grad_x = G - (offset + ((x - rounded mean) * slope + rest of offset))
+//
+// An error that is the same in every row adds up in sums over the rows. So what the rounded offset
+// lacks comes in here, and G is rounded only once, against a number that differs in every row.
+template <typename Acc>
+struct FinalChannel {
+  Acc mean, offset, rest, slope;
+
+  __device__ static FinalChannel load(const double* mean, const Correction& correction,
+                                      int64_t row_count, int64_t c) {
+    const auto rounded = static_cast<Acc>(mean[c]);
+    const double slope = correction.s2[c] / row_count;
+    const double exact = correction.s1[c] / row_count - (mean[c] - rounded) * slope;
+    const auto offset = static_cast<Acc>(exact);
+    return {rounded, offset, static_cast<Acc>(exact - offset), static_cast<Acc>(slope)};
+  }
+
+  __device__ Acc gradient(Acc g, Acc x) const { return g - (offset + fma(x - mean, slope, rest)); }
+};
+
 // What a reader's sums over all rows lead to, from the partial results [C, chunks] of a kernel that
 // has added to G: one warp per channel. In dense_block.cu.
 void merge_reader(const Problem& problem, const BatchNorm& bn, const Reader& reader,

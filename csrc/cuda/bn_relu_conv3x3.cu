@@ -1,0 +1,279 @@
+// y = conv3x3(relu(bn(z))) on tensor cores, [M, 9 B] times [9 B, k] to [M, k] with the rows of the
+// left matrix never written, and the moments of y.
+//
+//                  B, chunk by chunk ->             k, all of it
+//              | z of a stretch of rows |       | 9 taps of y: accumulators of the warp
+//   warp 0..3    in shared memory, normalised
+//                there once, read by all 9 taps
+//                W of the chunk beside it
+//
+// A warp owns 16, 32 or 64 rows for all outputs. The stretch and its taps: conv3x3.cuh. Copies of
+// the next chunk are under way while this one is multiplied, also across tiles of rows: a block
+// takes one tile after the other. Moments and their order: product.cuh.
+//
+// Bytes: z once, times 1 + (2 W + 2) / R for the rows around a tile, most of those from the L2
+// cache; y once; W, 18 B k, from the L2 cache once per tile. Operations: 18 M B k.
+// Limit: the tensor cores and shared memory, which reads an operand once per k / 8 products.
+#include "conv3x3.cuh"
+#include "product.cuh"
+
+namespace efficient_densenet::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kBlockThreads = kWarps * kWarp;
+constexpr int64_t kBlocks = 396;  // at most; three per multiprocessor of a large GPU
+
+// Accumulators of 24 tiles leave registers for two blocks per multiprocessor, 16 for three.
+constexpr int kMaxTiles = 24;
+constexpr int blocks_per_multiprocessor(int tiles) { return tiles <= 16 ? 3 : 2; }
+
+struct Sizes {
+  ImageRows images;
+  int64_t rows_per_block;
+  int channels, outputs;
+};
+
+template <int kRowTiles>
+constexpr int kBlockRows = kWarps * kRowTiles * kTileRows;
+
+// Pieces: numbers of the norm, zeros, two stages.
+struct SharedLayout {
+  int numbers, stage;
+
+  __host__ __device__ SharedLayout(int channels, int chunk, int stretch, int weights)
+      : numbers(SharedNorm::kNumbers * ((channels + chunk - 1) / chunk) * chunk / 4),
+        stage(stretch * kPieces + weights) {}
+
+  int64_t bytes() const { return (numbers + kPieces + 2 * int64_t(stage)) * kPieceBytes; }
+};
+
+template <typename T, int kRowTiles, int kTiles>
+__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kRowTiles* kTiles))
+    bn_relu_conv3x3_kernel(const __grid_constant__ Sizes sizes,
+                           const __grid_constant__ Rows<const T> z, BatchNorm bn,
+                           const uint4* weight, const __grid_constant__ Rows<T> y,
+                           double* partial_mean, double* partial_m2) {
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+  constexpr int kRows = kBlockRows<kRowTiles>, kWeights = kConv3x3Stage<kTiles>;
+  extern __shared__ __align__(128) uint4 shared[];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int chunks = (sizes.channels + kChunk<T> - 1) / kChunk<T>;
+  const int stretch = sizes.images.stretch(kRows);
+  const SharedLayout layout(sizes.channels, kChunk<T>, stretch, kWeights);
+  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChunk<T>);
+  uint4 *const zeros = shared + layout.numbers, *const stages = zeros + kPieces;
+
+  const int64_t begin = blockIdx.x * sizes.rows_per_block;
+  const int64_t end = min(begin + sizes.rows_per_block, sizes.images.rows);
+  const int total = static_cast<int>((end - begin + kRows - 1) / kRows) * chunks;
+  const int piece = threadIdx.x % kPieces;  // of every row that the thread copies
+
+  const auto copy = [&](int i) {
+    if (i < total) {
+      uint4* const stage = stages + i % 2 * layout.stage;
+      const int chunk = i % chunks, channel = chunk * kChunk<T> + piece * kPiece<T>;
+      const uint4* const from = weight + static_cast<int64_t>(chunk) * kWeights;
+      for (int k = threadIdx.x; k < kWeights; k += kBlockThreads) {
+        copy_async(stage + stretch * kPieces + k, from + k);
+      }
+      const int count = count_before<kPiece<T>>(sizes.channels, channel);
+      const int64_t first = sizes.images.stretch_begin(begin + i / chunks * kRows);
+      for (int s = threadIdx.x / kPieces; s < stretch; s += kBlockThreads / kPieces) {
+        const int64_t row = first + s;
+        const bool exists = row >= 0 && row < sizes.images.rows;
+        copy_row<kPiece<T>>(stage + place(s, piece), z.at(exists ? row : 0, channel), z.aligned,
+                            exists ? count : 0);
+      }
+    }
+    commit_copies();
+  };
+  copy(0);
+  norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
+  if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
+
+  float sums[kRowTiles][kTiles][4] = {};
+  uint32_t inside[kRowTiles];
+  WarpMoments<kTiles> moments;
+  for (int i = 0; i < total; ++i) {
+    const int chunk = i % chunks;
+    const int64_t tile_row = begin + i / chunks * kRows + warp * kRowTiles * kTileRows;
+    if (chunk == 0) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
+      }
+    }
+    uint4* const stage = stages + i % 2 * layout.stage;
+    if (i == 0) __syncthreads();  // the norm's numbers
+    wait_for_copies<0>();
+    // Each thread normalises what it has copied.
+    Channel<float> channels[kPiece<T>];
+    norm.get(channels, chunk * kChunk<T> + piece * kPiece<T>);
+    for (int s = threadIdx.x / kPieces; s < stretch; s += kBlockThreads / kPieces) {
+      uint4& at = stage[place(s, piece)];
+      at = normalised<T>(at, channels);
+    }
+    __syncthreads();  // this stage is ready, and nobody reads the one before
+    copy(i + 1);
+    multiply_taps<T>(sums, stage, zeros, stage + stretch * kPieces, sizes.images,
+                     warp * kRowTiles * kTileRows, inside, 2);
+    if (chunk + 1 < chunks) continue;
+    store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs,
+                  partial_mean ? &moments : nullptr);
+  }
+  if (partial_mean == nullptr) return;
+  wait_for_copies<0>();
+  __syncthreads();
+  moments.write(reinterpret_cast<float*>(stages), 0, sizes.outputs, partial_mean, partial_m2);
+#endif
+}
+
+// How a call is cut: as many rows per warp as leave blocks enough for a large GPU.
+int row_tiles_for(int64_t rows, int tiles) {
+  int row_tiles = 4 * tiles <= kMaxTiles ? 4 : 2;
+  while (row_tiles > 1 && rows < kBlocks * kWarps * row_tiles * kTileRows) row_tiles /= 2;
+  return row_tiles;
+}
+
+int64_t shared_bytes(Element element, int row_tiles, int64_t outputs, int64_t channels,
+                     int64_t width) {
+  const int chunk = kPieces * kPieceBytes / element_size(element);
+  const int stretch = static_cast<int>(kWarps * row_tiles * kTileRows + 2 * width + 2);
+  const int tiles = conv3x3_tiles(false, outputs);
+  return SharedLayout(static_cast<int>(channels), chunk, stretch, kTaps * tiles * kWarp).bytes();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Packed weights: [layer][group of columns][chunk of channels][tap][tile][lane][words of the lane].
+// Forward: columns are the k outputs, channels the B. Gradient of the input: the other way round,
+// and taps in reverse order.
+
+struct PackedShape {
+  bool grad_input;
+  int tiles, chunk;
+  int64_t groups, chunks;
+
+  PackedShape(Element element, bool grad_input, int64_t outputs, int64_t channels)
+      : grad_input(grad_input), chunk(kPieces * kPieceBytes / element_size(element)) {
+    const int64_t columns = grad_input ? channels : outputs;
+    tiles = conv3x3_tiles(grad_input, columns);
+    groups = ceil_div(columns, tiles * kTileColumns);
+    chunks = ceil_div(grad_input ? outputs : channels, chunk);
+  }
+
+  __host__ __device__ int64_t elements() const {
+    return groups * chunks * kTaps * tiles * kTileColumns * chunk;
+  }
+};
+
+template <typename T>
+__global__ void pack_conv3x3_kernel(const __grid_constant__ Conv3x3Weights weights,
+                                    const __grid_constant__ PackedShape shape, T* packed) {
+  constexpr int kWord = 4 / sizeof(T);  // elements
+  const T* const from =
+      static_cast<const T*>(weights.data) + blockIdx.y * weights.outputs * kTaps * weights.channels;
+  packed += blockIdx.y * shape.elements();
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       i < shape.elements(); i += step) {
+    const int element = static_cast<int>(i % kPiece<T>), word = element / kWord;
+    const int lane = static_cast<int>(i / kPiece<T> % kWarp), g = lane / 4, t = lane % 4;
+    int64_t rest = i / kPiece<T> / kWarp;
+    const int tile = static_cast<int>(rest % shape.tiles);
+    rest /= shape.tiles;
+    const int tap = static_cast<int>(rest % kTaps);
+    rest /= kTaps;
+    const int64_t inner = rest % shape.chunks * shape.chunk + word / 2 * kStep<T> +
+                          word % 2 * (kStep<T> / 2) + t * kWord + element % kWord;
+    const int64_t column = rest / shape.chunks * shape.tiles * kTileColumns +
+                           tile / 2 * 2 * kTileColumns + pair_column(tile % 2 * kTileColumns + g);
+    const int64_t n = shape.grad_input ? inner : column, b = shape.grad_input ? column : inner;
+    const int source_tap = shape.grad_input ? kTaps - 1 - tap : tap;
+    const bool exists = n < weights.outputs && b < weights.channels;
+    packed[i] = exists ? to_operand(from[(n * kTaps + source_tap) * weights.channels + b])
+                       : narrow<T>(0.0f);
+  }
+}
+
+}  // namespace
+
+std::string why_no_conv3x3(int device_index, Element element, int64_t outputs, int64_t channels,
+                           int64_t width) {
+  const auto too_many = [](const char* what, int64_t count, int64_t most) {
+    return "the 3x3 convolution has " + std::to_string(count) + " " + what + ", more than " +
+           std::to_string(most);
+  };
+  if (outputs > kMaxConv3x3Outputs) return too_many("outputs", outputs, kMaxConv3x3Outputs);
+  if (channels > kMaxConv3x3Channels) return too_many("channels", channels, kMaxConv3x3Channels);
+  const CurrentDevice current(device_index);
+  const int64_t bytes = std::max({shared_bytes(element, 1, outputs, channels, width),
+                                  conv3x3_grad_input_bytes(element, 1, outputs, channels, width),
+                                  conv3x3_grad_weight_bytes(element, outputs, width)});
+  if (bytes > shared_memory()) {
+    return "images " + std::to_string(width) + " wide need more shared memory than there is";
+  }
+  return "";
+}
+
+int64_t packed_conv3x3_bytes(Element element, bool grad_input, int64_t outputs, int64_t channels) {
+  return PackedShape(element, grad_input, outputs, channels).elements() * element_size(element);
+}
+
+void pack_conv3x3(Element element, bool grad_input, const Conv3x3Weights& weights, void* packed,
+                  void* stream) {
+  const PackedShape shape(element, grad_input, weights.outputs, weights.channels);
+  dispatch_operand(element, [&](auto tag) {
+    using T = decltype(tag);
+    const dim3 grid(std::min<int64_t>(ceil_div(shape.elements(), kThreads), 64), weights.layers);
+    pack_conv3x3_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        weights, shape, static_cast<T*>(packed));
+    check(cudaGetLastError(), "pack_conv3x3_kernel");
+  });
+}
+
+void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, const ImageSize& image,
+                     const void* weight, int64_t outputs, const View& y,
+                     const Statistics* moments) {
+  const int64_t rows = problem.rows.count;
+  const int tiles = conv3x3_tiles(false, outputs);
+  int row_tiles = row_tiles_for(rows, tiles);
+  const auto bytes_for = [&](int row_tiles) {
+    return shared_bytes(problem.element, row_tiles, outputs, problem.channels, image.width);
+  };
+  while (row_tiles > 1 && bytes_for(row_tiles) > shared_memory()) row_tiles /= 2;
+  const int64_t tile = kWarps * row_tiles * kTileRows;
+  const int64_t rows_per_block = ceil_div(ceil_div(rows, tile), kBlocks) * tile;
+  const Chunking chunking{rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
+  const Sizes sizes{ImageRows(problem, image), rows_per_block, static_cast<int>(problem.channels),
+                    static_cast<int>(outputs)};
+  double *partial_mean = nullptr, *partial_m2 = nullptr;
+  if (moments != nullptr) {
+    partial_mean = problem.workspace(2 * outputs * chunking.chunks);
+    partial_m2 = partial_mean + outputs * chunking.chunks;
+  }
+  const auto launch = [&](auto element, auto row_tiles_tag, auto tiles_tag) {
+    using T = decltype(element);
+    constexpr auto kKernel =
+        bn_relu_conv3x3_kernel<T, decltype(row_tiles_tag)::value, decltype(tiles_tag)::value>;
+    allow_shared<kKernel>();
+    kKernel<<<chunking.chunks, kBlockThreads, bytes_for(row_tiles),
+              static_cast<cudaStream_t>(problem.stream)>>>(
+        sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight),
+        Rows<T>(y, 4), partial_mean, partial_m2);
+    check(cudaGetLastError(), "bn_relu_conv3x3_kernel");
+  };
+  dispatch_operand(problem.element, [&](auto element) {
+    dispatch_conv3x3_tiles(tiles, [&](auto tag) {
+      if constexpr (4 * decltype(tag)::value <= kMaxTiles) {
+        if (row_tiles == 4) return launch(element, std::integral_constant<int, 4>{}, tag);
+      }
+      if (row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tag);
+      launch(element, std::integral_constant<int, 1>{}, tag);
+    });
+  });
+  if (moments == nullptr) return;
+  merge_moments(outputs, rows, chunking, partial_mean, partial_m2, *moments, problem.stream);
+}
+
+}  // namespace efficient_densenet::cuda

@@ -1,0 +1,327 @@
+// What a 3x3 convolution and the norm before it send back to z, on tensor cores. First kernel:
+//
+//   grad_y = G - (S1 + (y - mean) S2) / M          gathered as finalise does it (dense_block.h)
+//   grad_a = conv3x3(grad_y) with W transposed     [M, 9 k] times [9 k, B]
+//   dz = grad_a where the ReLU was open            recomputed from z; stored
+//   sums over the rows of dz and of dz (z - rounded mean)
+//
+//              | grad_y of a stretch of rows |       | B, 48 or 64 columns at a time |
+//   warp 0..3    in shared memory, all of k            accumulators, mask, sums, dz
+//                W of the columns and a chunk of k beside it, copied one ahead
+//
+// then merge and elementwise kernels of concat_bn_relu_backward.cu, which make it the gradient of
+// z. A block has one tile of rows, 16, 32 or 64 per warp (conv3x3.cuh), and all or some of the
+// columns. It also writes grad_y of its own rows, which the weight's gradient reads.
+// Sums: a lane's rows, the lanes of a column, the warps in order; one partial result per channel
+// and block, merged in double. No atomics.
+//
+// Bytes: G (4 per element) and y once, times 1 + (2 W + 2) / R, most of that from the L2 cache; z
+// once; dz and grad_y written once. W, 18 B k, from the L2 cache once per block.
+// Operations: 18 M B k. Limit: the tensor cores and shared memory.
+#include "concat_bn_relu_backward.cuh"
+#include "conv3x3.cuh"
+#include "sums.cuh"
+
+namespace efficient_densenet::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kBlockThreads = kWarps * kWarp;
+constexpr int64_t kBlocks = 264;  // wanted at least; two per multiprocessor of a large GPU
+
+struct Sizes {
+  ImageRows images;
+  int channels, outputs, pitch;  // B, k and elements of a row of grad_y
+  int groups_per_block;
+};
+
+struct Gather {
+  const double* mean;
+  Correction correction;
+};
+
+template <int kRowTiles>
+constexpr int kBlockRows = kWarps * kRowTiles * kTileRows;
+
+// Pieces: numbers of the norm (of all groups of columns), the warps' sums and what finalises
+// grad_y; zeros, grad_y, two stages of weights.
+struct SharedLayout {
+  int numbers, grad_y, stage;
+
+  __host__ __device__ SharedLayout(int columns, int chunks, int stretch, int weights)
+      : numbers(((SharedNorm::kNumbers + 2 * kWarps) * columns +
+                 kMaxConv3x3Outputs * static_cast<int>(sizeof(FinalChannel<float>) / 4)) /
+                4),
+        grad_y(chunks * stretch * kPieces),
+        stage(weights) {}
+
+  int64_t bytes() const { return (numbers + kPieces + grad_y + 2 * int64_t(stage)) * kPieceBytes; }
+};
+
+// Adds over the 8 lanes of a column. Lanes are left with one of 4 columns, which is returned; two
+// have the same.
+__device__ inline int add_lanes(float (&dz)[4], float (&dz_centred)[4]) {
+  int column = 0;
+#pragma unroll
+  for (int half = 2; half > 0; half /= 2) {
+    const int bit = 8 * half;
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? dz[i] : dz[i + half];
+      const float sent_centred = upper ? dz_centred[i] : dz_centred[i + half];
+      dz[i] = (upper ? dz[i + half] : dz[i]) + __shfl_xor_sync(~0u, sent, bit);
+      dz_centred[i] =
+          (upper ? dz_centred[i + half] : dz_centred[i]) + __shfl_xor_sync(~0u, sent_centred, bit);
+    }
+    column += upper ? half : 0;
+  }
+  dz[0] += __shfl_xor_sync(~0u, dz[0], 4);
+  dz_centred[0] += __shfl_xor_sync(~0u, dz_centred[0], 4);
+  return column;
+}
+
+template <typename T, int kRowTiles, int kTiles>
+__global__ void __launch_bounds__(kBlockThreads, 2)
+    bn_relu_conv3x3_grad_input_kernel(const __grid_constant__ Sizes sizes,
+                                      const __grid_constant__ Rows<const float> grad_features,
+                                      const __grid_constant__ Rows<const T> y, Gather gather,
+                                      const __grid_constant__ Rows<const T> z, BatchNorm bn,
+                                      const uint4* weight, const __grid_constant__ Rows<T> grad_y,
+                                      const __grid_constant__ Rows<T> grad_z, double* partial_dz,
+                                      double* partial_dz_centred) {
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+  constexpr int kRows = kBlockRows<kRowTiles>, kWeights = kConv3x3Stage<kTiles>;
+  constexpr int kColumns = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
+  extern __shared__ __align__(128) uint4 shared[];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, t = lane % kPieces;
+  const int chunks = (sizes.outputs + kChunk<T> - 1) / kChunk<T>;
+  const int columns = sizes.groups_per_block * kColumns;
+  const int all_groups = (sizes.channels + kColumns - 1) / kColumns;
+  const int first_group = blockIdx.y * sizes.groups_per_block;
+  const int groups = min(sizes.groups_per_block, all_groups - first_group);
+  const int first_channel = first_group * kColumns;
+  const int stretch = sizes.images.stretch(kRows);
+  const SharedLayout layout(columns, chunks, stretch, kWeights);
+  float* const floats = reinterpret_cast<float*>(shared);
+  const SharedNorm norm(floats, columns);
+  float* const warp_sums = floats + SharedNorm::kNumbers * columns;
+  auto* const final_channels =
+      reinterpret_cast<FinalChannel<float>*>(warp_sums + 2 * kWarps * columns);
+  uint4 *const zeros = shared + layout.numbers, *const operands = zeros + kPieces;
+  uint4* const stages = operands + layout.grad_y;
+
+  const int total = groups * chunks;
+  weight += static_cast<int64_t>(first_group) * chunks * kWeights;
+  const auto copy = [&](int i) {
+    if (i < total) {
+      const uint4* const from = weight + static_cast<int64_t>(i) * kWeights;
+      for (int k = threadIdx.x; k < kWeights; k += kBlockThreads) {
+        copy_async(stages + i % 2 * kWeights + k, from + k);
+      }
+    }
+    commit_copies();
+  };
+  copy(0);
+  norm.load(bn, first_channel, columns, sizes.channels);
+  if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
+  for (int n = threadIdx.x; n < sizes.outputs; n += kBlockThreads) {
+    final_channels[n] =
+        FinalChannel<float>::load(gather.mean, gather.correction, sizes.images.rows, n);
+  }
+  __syncthreads();
+
+  // grad_y, four channels at a time.
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t end = min(first_row + kRows, sizes.images.rows);
+  const int fours = chunks * kChunk<T> / 4;
+  for (int i = threadIdx.x; i < stretch * fours; i += kBlockThreads) {
+    const int s = i / fours, n = i % fours * 4;
+    const int64_t row = sizes.images.stretch_begin(first_row) + s;
+    const int count = row >= 0 && row < sizes.images.rows ? count_before<4>(sizes.outputs, n) : 0;
+    Pack<float, 4> g{};
+    Pack<T, 4> values{};
+    if (count == 4 && grad_features.aligned && y.aligned) {
+      g = *reinterpret_cast<const Pack<float, 4>*>(grad_features.at(row, n));
+      values = *reinterpret_cast<const Pack<T, 4>*>(y.at(row, n));
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (k >= count) break;
+        g.values[k] = *grad_features.at(row, n + k);
+        values.values[k] = *y.at(row, n + k);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k >= count) break;
+      values.values[k] = to_operand(
+          narrow<T>(final_channels[n + k].gradient(g.values[k], widen(values.values[k]))));
+    }
+    const int in_chunk = n % kChunk<T>, piece = in_chunk / kPiece<T>;
+    T* const to =
+        reinterpret_cast<T*>(operands + n / kChunk<T> * stretch * kPieces + place(s, piece)) +
+        in_chunk % kPiece<T>;
+    *reinterpret_cast<Pack<T, 4>*>(to) = values;
+    if (blockIdx.y == 0 && row >= first_row && row < end && n < sizes.pitch) {
+      *reinterpret_cast<Pack<T, 4>*>(grad_y.at(row, n)) = values;
+    }
+  }
+
+  const int64_t tile_row = first_row + warp * kRowTiles * kTileRows;
+  uint32_t inside[kRowTiles];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+    inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
+  }
+  float sums[kRowTiles][kTiles][4] = {};
+  for (int i = 0; i < total; ++i) {
+    wait_for_copies<0>();
+    __syncthreads();  // these weights (and grad_y) are there, and nobody reads those before
+    copy(i + 1);
+    const int chunk = i % chunks;
+    const int left = sizes.outputs - chunk * kChunk<T>;
+    multiply_taps<T>(sums, operands + chunk * stretch * kPieces, zeros, stages + i % 2 * kWeights,
+                     sizes.images, warp * kRowTiles * kTileRows, inside, left > kStep<T> ? 2 : 1);
+    if (chunk + 1 < chunks) continue;
+
+    const int64_t row = tile_row + lane / kPieces;
+#pragma unroll
+    for (int pair = 0; pair < kTiles / 2; ++pair) {
+      const int own = i / chunks * kColumns + pair * 2 * kTileColumns + 4 * t;
+      const int count = count_before<4>(sizes.channels, first_channel + own);
+      Channel<float> channels[4];
+      norm.get(channels, own);
+      float dz_sums[4] = {}, dz_centred_sums[4] = {};
+#pragma unroll
+      for (int r = 0; r < kOwnRows; ++r) {
+        const int own_count = row + r * 8 < end ? count : 0;
+        Pack<T, 4> values{};
+        if (own_count == 4 && z.aligned) {
+          values = *reinterpret_cast<const Pack<T, 4>*>(z.at(row + r * 8, first_channel + own));
+        } else {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            if (k < own_count) values.values[k] = *z.at(row + r * 8, first_channel + own + k);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float value = widen(values.values[k]);
+          float& sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
+          const T stored = narrow<T>(masked<T>(channels[k], value, sum));
+          const float dz = k < own_count ? widen(stored) : 0;
+          dz_sums[k] += dz;
+          dz_centred_sums[k] = fma(dz, value - channels[k].mean, dz_centred_sums[k]);
+          values.values[k] = stored;
+          sum = 0;
+        }
+        if (own_count > 0) {
+          store_row(grad_z.at(row + r * 8, first_channel + own), values, grad_z.aligned, own_count);
+        }
+      }
+      const int column = own + add_lanes(dz_sums, dz_centred_sums);
+      if (lane & 4) continue;
+      warp_sums[warp * 2 * columns + column] = dz_sums[0];
+      warp_sums[(warp * 2 + 1) * columns + column] = dz_centred_sums[0];
+    }
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+  for (int i = threadIdx.x; i < groups * kColumns; i += kBlockThreads) {
+    const int64_t c = first_channel + i;
+    if (c >= sizes.channels) continue;
+    float dz = 0, dz_centred = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      dz += warp_sums[w * 2 * columns + i];
+      dz_centred += warp_sums[(w * 2 + 1) * columns + i];
+    }
+    partial_dz[c * gridDim.x + blockIdx.x] = dz;
+    partial_dz_centred[c * gridDim.x + blockIdx.x] = dz_centred;
+  }
+#endif
+}
+
+// How a call is cut: as many rows per warp as leave blocks enough; where even those with the fewest
+// are too few, blocks share the columns.
+struct Cut {
+  int row_tiles, groups_per_block, splits;
+  int64_t bytes;
+
+  Cut(const Problem& problem, int64_t outputs, int64_t width) {
+    const int columns = conv3x3_tiles(true, problem.channels) * kTileColumns;
+    const int groups = static_cast<int>(ceil_div(problem.channels, columns));
+    const int64_t rows = problem.rows.count;
+    row_tiles = 4;
+    while (row_tiles > 1 && (rows < kBlocks * kWarps * row_tiles * kTileRows ||
+                             shared_bytes(problem, row_tiles, outputs, width) > shared_memory())) {
+      row_tiles /= 2;
+    }
+    const int64_t blocks = ceil_div(rows, kWarps * row_tiles * kTileRows);
+    groups_per_block = blocks >= kBlocks / 2 ? groups : 1;
+    splits = static_cast<int>(ceil_div(groups, groups_per_block));
+    bytes = shared_bytes(problem, row_tiles, outputs, width);
+  }
+
+  static int64_t shared_bytes(const Problem& problem, int row_tiles, int64_t outputs,
+                              int64_t width) {
+    return conv3x3_grad_input_bytes(problem.element, row_tiles, outputs, problem.channels, width);
+  }
+};
+
+}  // namespace
+
+int64_t conv3x3_grad_pitch(Element element, int64_t outputs) {
+  const int piece = kPieceBytes / element_size(element);
+  return ceil_div(outputs, piece) * piece;
+}
+
+int64_t conv3x3_grad_input_bytes(Element element, int row_tiles, int64_t outputs, int64_t channels,
+                                 int64_t width) {
+  const int chunk = kPieces * kPieceBytes / element_size(element);
+  const int tiles = conv3x3_tiles(true, channels), columns = tiles * kTileColumns;
+  const int stretch = static_cast<int>(kWarps * row_tiles * kTileRows + 2 * width + 2);
+  return SharedLayout(static_cast<int>(ceil_div(channels, columns)) * columns,
+                      static_cast<int>(ceil_div(outputs, chunk)), stretch, kTaps * tiles * kWarp)
+      .bytes();
+}
+
+void bn_relu_conv3x3_grad_input(const Problem& problem, const BatchNorm& bn, const ImageSize& image,
+                                const void* weight, int64_t outputs, const Gathered& gathered,
+                                const View& grad_y, const Gradients& gradients) {
+  const Cut cut(problem, outputs, image.width);
+  const int tiles = conv3x3_tiles(true, problem.channels);
+  const int64_t block_rows = kWarps * cut.row_tiles * kTileRows;
+  const Chunking chunking{block_rows, static_cast<int>(ceil_div(problem.rows.count, block_rows))};
+  const Sizes sizes{
+      ImageRows(problem, image), static_cast<int>(problem.channels), static_cast<int>(outputs),
+      static_cast<int>(conv3x3_grad_pitch(problem.element, outputs)), cut.groups_per_block};
+  const int64_t partials = problem.channels * chunking.chunks;
+  double* const partial_dz = problem.workspace(2 * partials);
+  double* const partial_dz_centred = partial_dz + partials;
+  const View& grad_z = gradients.grad_y;
+  const auto launch = [&](auto element, auto row_tiles, auto tiles_tag) {
+    using T = decltype(element);
+    constexpr auto kKernel = bn_relu_conv3x3_grad_input_kernel<T, decltype(row_tiles)::value,
+                                                               decltype(tiles_tag)::value>;
+    allow_shared<kKernel>();
+    kKernel<<<dim3(chunking.chunks, cut.splits), kBlockThreads, cut.bytes,
+              static_cast<cudaStream_t>(problem.stream)>>>(
+        sizes, Rows<const float>(gathered.grad_features, 4), Rows<const T>(gathered.y, 4),
+        Gather{gathered.mean, gathered.correction}, Rows<const T>(problem.features[0].x, 4), bn,
+        static_cast<const uint4*>(weight), Rows<T>(grad_y, 4), Rows<T>(grad_z, 4), partial_dz,
+        partial_dz_centred);
+    check(cudaGetLastError(), "bn_relu_conv3x3_grad_input_kernel");
+  };
+  dispatch_operand(problem.element, [&](auto element) {
+    dispatch_conv3x3_tiles(tiles, [&](auto tag) {
+      if (cut.row_tiles == 4) return launch(element, std::integral_constant<int, 4>{}, tag);
+      if (cut.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tag);
+      launch(element, std::integral_constant<int, 1>{}, tag);
+    });
+  });
+  merge_sums(problem, bn, gradients, chunking, partial_dz, partial_dz_centred);
+  backward_elementwise(problem, bn, gradients);
+}
+
+}  // namespace efficient_densenet::cuda

@@ -1,0 +1,16 @@
+// The second half of concat_bn_relu_backward.cu, for kernels that have taken the sums themselves.
+#pragma once
+
+#include "sums.cuh"
+
+namespace efficient_densenet::cuda {
+
+// The gradients of weight and bias, from the partial results [C, chunks] of the sums.
+void merge_sums(const Problem& problem, const BatchNorm& bn, const Gradients& gradients,
+                const Chunking& chunking, const double* partial_dz,
+                const double* partial_dz_centred);
+
+// grad_x from grad_y, whose elements behind a closed ReLU may be 0 already, and those gradients.
+void backward_elementwise(const Problem& problem, const BatchNorm& bn, const Gradients& gradients);
+
+}  // namespace efficient_densenet::cuda
