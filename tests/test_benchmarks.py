@@ -53,23 +53,37 @@ def test_bytes_of_a_layer():
     assert layer.nbytes("grad weight", torch.float32) == 4 * (x + z + w) + 4 * w
 
 
-def test_table_of_kernels():
+def test_bytes_of_a_3x3_convolution():
+    layer = kernels.Layer("tiny", 1, 2, channels=3, total=3, outputs=5, kernel=3)
+    x, z, w = 256 * 3, 256 * 5, 9 * 15
+    assert layer.nbytes("forward", torch.bfloat16) == 2 * (x + z + w)
+    assert layer.nbytes("grad input", torch.float32) == 4 * (x + z + w) + 8 * z + 16 * x
+    assert layer.nbytes("grad weight", torch.float32) == 4 * (x + z + w) + 4 * w
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_table_of_kernels(kernel):
     row = {"network": "tiny", "block": 1, "dtype": "float32", "rows": 256, "channels": 3}
-    row |= {"outputs": 5, "torch forward us": 30.0, "torch backward us": 60.0}
-    row |= {part: {"us": 10.0, "share of copy": 0.5} for part in kernels.PARTS}
-    lines = kernels.table([row]).splitlines()
+    row |= {"outputs": 5, "torch forward us": 30.0, "torch backward us": 60.0, "kernel": kernel}
+    part = {"us": 10.0, "share of copy": 0.5, "cudnn us": 7.0}
+    row |= dict.fromkeys(kernels.PARTS[kernel], part)
+    lines = kernels.table([row, row | {"kernel": 4 - kernel}], kernel).splitlines()
+    assert len(lines) == 3
     assert [cell.strip() for cell in lines[2].strip("|").split(" | ")] == [
-        *("tiny block 1", "float32", "256", "3", "5"),
-        *("10.0", "50%", "30.0", "10.0", "50%", "10.0", "50%", "60.0"),
+        *("tiny block 1", "float32", "256", "3", "5", "30.0", "60.0"),
+        *("10.0", "50%") * 3,
+        *("7.0",) * (3 if kernel == 3 else 0),
     ]
 
 
 @requires_cuda
-def test_a_layer_is_measured():
-    layer = kernels.Layer("tiny", 1, 8, channels=36, total=48, outputs=24)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_layer_is_measured(kernel):
+    layer = kernels.Layer("tiny", 1, 8, channels=36, total=48, outputs=24, kernel=kernel)
     row = kernels.measure(layer, torch.bfloat16, bandwidth=3e12, repeats=2)
-    for part, names in kernels.PARTS.items():
+    for part, names in kernels.PARTS[kernel].items():
         assert row[part]["us"] > 0 and all(row[part]["kernels"][name] > 0 for name in names)
+        assert kernel == 1 or row[part]["cudnn us"] > 0
     assert row["torch forward us"] > 0 and row["torch backward us"] > 0
 
 

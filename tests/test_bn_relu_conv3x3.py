@@ -134,7 +134,7 @@ def reference(p: Problem, dtype, batch_statistics=True) -> dict[str, Tensor]:
         "y": y,
         "mean": y.mean(0),
         "var": y.var(0, correction=0),
-        "grad_z": scale * (dz - returned),
+        "grad_z": (scale * (dz - returned)).to(dtype).double(),
         "grad_weight": grad_weight,
         "grad_bias": grad_bias,
         "grad_conv2": grad_conv2.movedim(1, 3).double(),

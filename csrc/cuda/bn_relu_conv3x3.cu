@@ -3,11 +3,11 @@
 //
 //                  B, chunk by chunk ->             k, all of it
 //              | z of a stretch of rows |       | 9 taps of y: accumulators of the warp
-//   warp 0..3    in shared memory, normalised
-//                there once, read by all 9 taps
+//   4 or 8       in shared memory, normalised
+//   warps        there once, read by all 9 taps
 //                W of the chunk beside it
 //
-// A warp owns 16, 32 or 64 rows for all outputs. The stretch and its taps: conv3x3.cuh. Copies of
+// A warp owns 16 or 32 rows for all outputs. The stretch and its taps: conv3x3.cuh. Copies of
 // the next chunk are under way while this one is multiplied, also across tiles of rows: a block
 // takes one tile after the other. Moments and their order: product.cuh.
 //
@@ -20,24 +20,25 @@
 namespace efficient_densenet::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kBlockThreads = kWarps * kWarp;
-constexpr int64_t kBlocks = 396;  // at most; three per multiprocessor of a large GPU
-
-// Accumulators of 24 tiles leave registers for two blocks per multiprocessor, 16 for three.
-constexpr int kMaxTiles = 24;
-constexpr int blocks_per_multiprocessor(int tiles) { return tiles <= 16 ? 3 : 2; }
+constexpr int64_t kBlocks = 264;  // at most; two per multiprocessor of a large GPU
+constexpr int kMaxStages = 4;
 
 struct Sizes {
   ImageRows images;
   int64_t rows_per_block;
-  int channels, outputs;
+  int channels, outputs, stages;
 };
 
-template <int kRowTiles>
-constexpr int kBlockRows = kWarps * kRowTiles * kTileRows;
+// Until all but so many of the youngest copies have arrived.
+__device__ inline void wait_for_all_but(int pending) {
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+  if (pending >= 2) return wait_for_copies<2>();
+  if (pending == 1) return wait_for_copies<1>();
+  wait_for_copies<0>();
+#endif
+}
 
-// Pieces: numbers of the norm, zeros, two stages.
+// Pieces: numbers of the norm, zeros, stages.
 struct SharedLayout {
   int numbers, stage;
 
@@ -45,41 +46,44 @@ struct SharedLayout {
       : numbers(SharedNorm::kNumbers * ((channels + chunk - 1) / chunk) * chunk / 4),
         stage(stretch * kPieces + weights) {}
 
-  int64_t bytes() const { return (numbers + kPieces + 2 * int64_t(stage)) * kPieceBytes; }
+  int64_t bytes(int stages) const {
+    return (numbers + kPieces + stages * int64_t(stage)) * kPieceBytes;
+  }
 };
 
 template <typename T, int kRowTiles, int kTiles>
-__global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kRowTiles* kTiles))
+__global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     bn_relu_conv3x3_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> z, BatchNorm bn,
                            const uint4* weight, const __grid_constant__ Rows<T> y,
                            double* partial_mean, double* partial_m2) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
-  constexpr int kRows = kBlockRows<kRowTiles>, kWeights = kConv3x3Stage<kTiles>;
+  constexpr int kWeights = kConv3x3Stage<kTiles>;
   extern __shared__ __align__(128) uint4 shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int block_rows = blockDim.x / kWarp * kRowTiles * kTileRows;
   const int chunks = (sizes.channels + kChunk<T> - 1) / kChunk<T>;
-  const int stretch = sizes.images.stretch(kRows);
+  const int stretch = sizes.images.stretch(block_rows);
   const SharedLayout layout(sizes.channels, kChunk<T>, stretch, kWeights);
   const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChunk<T>);
   uint4 *const zeros = shared + layout.numbers, *const stages = zeros + kPieces;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
   const int64_t end = min(begin + sizes.rows_per_block, sizes.images.rows);
-  const int total = static_cast<int>((end - begin + kRows - 1) / kRows) * chunks;
+  const int total = static_cast<int>((end - begin + block_rows - 1) / block_rows) * chunks;
   const int piece = threadIdx.x % kPieces;  // of every row that the thread copies
 
   const auto copy = [&](int i) {
     if (i < total) {
-      uint4* const stage = stages + i % 2 * layout.stage;
+      uint4* const stage = stages + i % sizes.stages * layout.stage;
       const int chunk = i % chunks, channel = chunk * kChunk<T> + piece * kPiece<T>;
       const uint4* const from = weight + static_cast<int64_t>(chunk) * kWeights;
-      for (int k = threadIdx.x; k < kWeights; k += kBlockThreads) {
+      for (int k = threadIdx.x; k < kWeights; k += blockDim.x) {
         copy_async(stage + stretch * kPieces + k, from + k);
       }
       const int count = count_before<kPiece<T>>(sizes.channels, channel);
-      const int64_t first = sizes.images.stretch_begin(begin + i / chunks * kRows);
-      for (int s = threadIdx.x / kPieces; s < stretch; s += kBlockThreads / kPieces) {
+      const int64_t first = sizes.images.stretch_begin(begin + i / chunks * block_rows);
+      for (int s = threadIdx.x / kPieces; s < stretch; s += blockDim.x / kPieces) {
         const int64_t row = first + s;
         const bool exists = row >= 0 && row < sizes.images.rows;
         copy_row<kPiece<T>>(stage + place(s, piece), z.at(exists ? row : 0, channel), z.aligned,
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kRowT
     }
     commit_copies();
   };
-  copy(0);
+  for (int i = 0; i + 1 < sizes.stages; ++i) copy(i);
   norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
@@ -97,25 +101,25 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kRowT
   WarpMoments<kTiles> moments;
   for (int i = 0; i < total; ++i) {
     const int chunk = i % chunks;
-    const int64_t tile_row = begin + i / chunks * kRows + warp * kRowTiles * kTileRows;
+    const int64_t tile_row = begin + i / chunks * block_rows + warp * kRowTiles * kTileRows;
     if (chunk == 0) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
       }
     }
-    uint4* const stage = stages + i % 2 * layout.stage;
+    uint4* const stage = stages + i % sizes.stages * layout.stage;
     if (i == 0) __syncthreads();  // the norm's numbers
-    wait_for_copies<0>();
+    wait_for_all_but(sizes.stages - 2);
     // Each thread normalises what it has copied.
     Channel<float> channels[kPiece<T>];
     norm.get(channels, chunk * kChunk<T> + piece * kPiece<T>);
-    for (int s = threadIdx.x / kPieces; s < stretch; s += kBlockThreads / kPieces) {
+    for (int s = threadIdx.x / kPieces; s < stretch; s += blockDim.x / kPieces) {
       uint4& at = stage[place(s, piece)];
       at = normalised<T>(at, channels);
     }
     __syncthreads();  // this stage is ready, and nobody reads the one before
-    copy(i + 1);
+    copy(i + sizes.stages - 1);
     multiply_taps<T>(sums, stage, zeros, stage + stretch * kPieces, sizes.images,
                      warp * kRowTiles * kTileRows, inside, 2);
     if (chunk + 1 < chunks) continue;
@@ -129,23 +133,16 @@ __global__ void __launch_bounds__(kBlockThreads, blocks_per_multiprocessor(kRowT
 #endif
 }
 
-// How a call is cut: as many rows per warp as leave blocks enough for a large GPU.
-int row_tiles_for(int64_t rows, int tiles) {
-  int row_tiles = 4 * tiles <= kMaxTiles ? 4 : 2;
-  while (row_tiles > 1 && rows < kBlocks * kWarps * row_tiles * kTileRows) row_tiles /= 2;
-  return row_tiles;
-}
-
-int64_t shared_bytes(Element element, int row_tiles, int64_t outputs, int64_t channels,
-                     int64_t width) {
+SharedLayout layout_for(Element element, const RowCut& cut, int64_t outputs, int64_t channels,
+                        int64_t width) {
   const int chunk = kPieces * kPieceBytes / element_size(element);
-  const int stretch = static_cast<int>(kWarps * row_tiles * kTileRows + 2 * width + 2);
   const int tiles = conv3x3_tiles(false, outputs);
-  return SharedLayout(static_cast<int>(channels), chunk, stretch, kTaps * tiles * kWarp).bytes();
+  return SharedLayout(static_cast<int>(channels), chunk,
+                      static_cast<int>(cut.rows() + 2 * width + 2), kTaps * tiles * kWarp);
 }
 
 // ---------------------------------------------------------------------------------------------
-// Packed weights: [layer][group of columns][chunk of channels][tap][tile][lane][words of the lane].
+// Packed weights: [layer][group of columns][chunk of channels] of stages as in conv3x3.cuh.
 // Forward: columns are the k outputs, channels the B. Gradient of the input: the other way round,
 // and taps in reverse order.
 
@@ -179,15 +176,18 @@ __global__ void pack_conv3x3_kernel(const __grid_constant__ Conv3x3Weights weigh
        i < shape.elements(); i += step) {
     const int element = static_cast<int>(i % kPiece<T>), word = element / kWord;
     const int lane = static_cast<int>(i / kPiece<T> % kWarp), g = lane / 4, t = lane % 4;
+    const int pairs = shape.tiles / 2;
     int64_t rest = i / kPiece<T> / kWarp;
-    const int tile = static_cast<int>(rest % shape.tiles);
-    rest /= shape.tiles;
+    const int pair = static_cast<int>(rest % pairs);
+    rest /= pairs;
+    const int step_of_chunk = static_cast<int>(rest % 2);
+    rest /= 2;
     const int tap = static_cast<int>(rest % kTaps);
     rest /= kTaps;
-    const int64_t inner = rest % shape.chunks * shape.chunk + word / 2 * kStep<T> +
+    const int64_t inner = rest % shape.chunks * shape.chunk + step_of_chunk * kStep<T> +
                           word % 2 * (kStep<T> / 2) + t * kWord + element % kWord;
     const int64_t column = rest / shape.chunks * shape.tiles * kTileColumns +
-                           tile / 2 * 2 * kTileColumns + pair_column(tile % 2 * kTileColumns + g);
+                           pair * 2 * kTileColumns + pair_column(word / 2 * kTileColumns + g);
     const int64_t n = shape.grad_input ? inner : column, b = shape.grad_input ? column : inner;
     const int source_tap = shape.grad_input ? kTaps - 1 - tap : tap;
     const bool exists = n < weights.outputs && b < weights.channels;
@@ -207,8 +207,8 @@ std::string why_no_conv3x3(int device_index, Element element, int64_t outputs, i
   if (outputs > kMaxConv3x3Outputs) return too_many("outputs", outputs, kMaxConv3x3Outputs);
   if (channels > kMaxConv3x3Channels) return too_many("channels", channels, kMaxConv3x3Channels);
   const CurrentDevice current(device_index);
-  const int64_t bytes = std::max({shared_bytes(element, 1, outputs, channels, width),
-                                  conv3x3_grad_input_bytes(element, 1, outputs, channels, width),
+  const int64_t bytes = std::max({layout_for(element, {4, 1}, outputs, channels, width).bytes(2),
+                                  conv3x3_grad_input_bytes(element, outputs, channels, width),
                                   conv3x3_grad_weight_bytes(element, outputs, width)});
   if (bytes > shared_memory()) {
     return "images " + std::to_string(width) + " wide need more shared memory than there is";
@@ -236,17 +236,18 @@ void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, const ImageSiz
                      const void* weight, int64_t outputs, const View& y,
                      const Statistics* moments) {
   const int64_t rows = problem.rows.count;
-  const int tiles = conv3x3_tiles(false, outputs);
-  int row_tiles = row_tiles_for(rows, tiles);
-  const auto bytes_for = [&](int row_tiles) {
-    return shared_bytes(problem.element, row_tiles, outputs, problem.channels, image.width);
+  const auto layout = [&](const RowCut& cut) {
+    return layout_for(problem.element, cut, outputs, problem.channels, image.width);
   };
-  while (row_tiles > 1 && bytes_for(row_tiles) > shared_memory()) row_tiles /= 2;
-  const int64_t tile = kWarps * row_tiles * kTileRows;
-  const int64_t rows_per_block = ceil_div(ceil_div(rows, tile), kBlocks) * tile;
+  const RowCut cut = choose_row_cut(rows, image.width, [&](const RowCut& cut) {
+    return layout(cut).bytes(2) <= shared_memory();
+  });
+  int stages = 2;  // more where two blocks still fit
+  while (stages < kMaxStages && 2 * layout(cut).bytes(stages + 1) <= shared_memory()) ++stages;
+  const int64_t rows_per_block = ceil_div(ceil_div(rows, cut.rows()), kBlocks) * cut.rows();
   const Chunking chunking{rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
   const Sizes sizes{ImageRows(problem, image), rows_per_block, static_cast<int>(problem.channels),
-                    static_cast<int>(outputs)};
+                    static_cast<int>(outputs), stages};
   double *partial_mean = nullptr, *partial_m2 = nullptr;
   if (moments != nullptr) {
     partial_mean = problem.workspace(2 * outputs * chunking.chunks);
@@ -257,19 +258,16 @@ void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, const ImageSiz
     constexpr auto kKernel =
         bn_relu_conv3x3_kernel<T, decltype(row_tiles_tag)::value, decltype(tiles_tag)::value>;
     allow_shared<kKernel>();
-    kKernel<<<chunking.chunks, kBlockThreads, bytes_for(row_tiles),
+    kKernel<<<chunking.chunks, cut.warps * kWarp, layout(cut).bytes(stages),
               static_cast<cudaStream_t>(problem.stream)>>>(
         sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight),
         Rows<T>(y, 4), partial_mean, partial_m2);
     check(cudaGetLastError(), "bn_relu_conv3x3_kernel");
   };
   dispatch_operand(problem.element, [&](auto element) {
-    dispatch_conv3x3_tiles(tiles, [&](auto tag) {
-      if constexpr (4 * decltype(tag)::value <= kMaxTiles) {
-        if (row_tiles == 4) return launch(element, std::integral_constant<int, 4>{}, tag);
-      }
-      if (row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tag);
-      launch(element, std::integral_constant<int, 1>{}, tag);
+    dispatch_conv3x3_tiles(conv3x3_tiles(false, outputs), [&](auto tiles) {
+      if (cut.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tiles);
+      launch(element, std::integral_constant<int, 1>{}, tiles);
     });
   });
   if (moments == nullptr) return;

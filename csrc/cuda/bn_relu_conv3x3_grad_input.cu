@@ -6,11 +6,11 @@
 //   sums over the rows of dz and of dz (z - rounded mean)
 //
 //              | grad_y of a stretch of rows |       | B, 48 or 64 columns at a time |
-//   warp 0..3    in shared memory, all of k            accumulators, mask, sums, dz
-//                W of the columns and a chunk of k beside it, copied one ahead
+//   4 or 8       in shared memory, all of k            accumulators, mask, sums, dz
+//   warps        W of the columns and a chunk of k beside it, copied one ahead
 //
 // then merge and elementwise kernels of concat_bn_relu_backward.cu, which make it the gradient of
-// z. A block has one tile of rows, 16, 32 or 64 per warp (conv3x3.cuh), and all or some of the
+// z. A block has one tile of rows, 16 or 32 per warp (conv3x3.cuh), and all or one group of the
 // columns. It also writes grad_y of its own rows, which the weight's gradient reads.
 // Sums: a lane's rows, the lanes of a column, the warps in order; one partial result per channel
 // and block, merged in double. No atomics.
@@ -25,9 +25,7 @@
 namespace efficient_densenet::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kBlockThreads = kWarps * kWarp;
-constexpr int64_t kBlocks = 264;  // wanted at least; two per multiprocessor of a large GPU
+constexpr int64_t kFewBlocks = 132;  // fewer share the columns
 
 struct Sizes {
   ImageRows images;
@@ -40,16 +38,13 @@ struct Gather {
   Correction correction;
 };
 
-template <int kRowTiles>
-constexpr int kBlockRows = kWarps * kRowTiles * kTileRows;
-
 // Pieces: numbers of the norm (of all groups of columns), the warps' sums and what finalises
 // grad_y; zeros, grad_y, two stages of weights.
 struct SharedLayout {
   int numbers, grad_y, stage;
 
-  __host__ __device__ SharedLayout(int columns, int chunks, int stretch, int weights)
-      : numbers(((SharedNorm::kNumbers + 2 * kWarps) * columns +
+  __host__ __device__ SharedLayout(int warps, int columns, int chunks, int stretch, int weights)
+      : numbers(((SharedNorm::kNumbers + 2 * warps) * columns +
                  kMaxConv3x3Outputs * static_cast<int>(sizeof(FinalChannel<float>) / 4)) /
                 4),
         grad_y(chunks * stretch * kPieces),
@@ -81,8 +76,22 @@ __device__ inline int add_lanes(float (&dz)[4], float (&dz_centred)[4]) {
   return column;
 }
 
+// Of a row, 0 for those that do not count.
+template <typename T>
+__device__ Pack<T, 4> load_four(const Rows<const T>& rows, int64_t row, int column, int count) {
+  Pack<T, 4> values{};
+  if (count == 4 && rows.aligned) return *reinterpret_cast<const Pack<T, 4>*>(rows.at(row, column));
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (k < count) values.values[k] = *rows.at(row, column + k);
+  }
+  return values;
+}
+
+constexpr int kBatch = 4;  // loads under way per thread and tensor
+
 template <typename T, int kRowTiles, int kTiles>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     bn_relu_conv3x3_grad_input_kernel(const __grid_constant__ Sizes sizes,
                                       const __grid_constant__ Rows<const float> grad_features,
                                       const __grid_constant__ Rows<const T> y, Gather gather,
@@ -91,9 +100,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
                                       const __grid_constant__ Rows<T> grad_z, double* partial_dz,
                                       double* partial_dz_centred) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
-  constexpr int kRows = kBlockRows<kRowTiles>, kWeights = kConv3x3Stage<kTiles>;
+  constexpr int kWeights = kConv3x3Stage<kTiles>;
   constexpr int kColumns = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
   extern __shared__ __align__(128) uint4 shared[];
+  const int warps = blockDim.x / kWarp, block_rows = warps * kRowTiles * kTileRows;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, t = lane % kPieces;
   const int chunks = (sizes.outputs + kChunk<T> - 1) / kChunk<T>;
   const int columns = sizes.groups_per_block * kColumns;
@@ -101,13 +111,13 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int first_group = blockIdx.y * sizes.groups_per_block;
   const int groups = min(sizes.groups_per_block, all_groups - first_group);
   const int first_channel = first_group * kColumns;
-  const int stretch = sizes.images.stretch(kRows);
-  const SharedLayout layout(columns, chunks, stretch, kWeights);
+  const int stretch = sizes.images.stretch(block_rows);
+  const SharedLayout layout(warps, columns, chunks, stretch, kWeights);
   float* const floats = reinterpret_cast<float*>(shared);
   const SharedNorm norm(floats, columns);
   float* const warp_sums = floats + SharedNorm::kNumbers * columns;
   auto* const final_channels =
-      reinterpret_cast<FinalChannel<float>*>(warp_sums + 2 * kWarps * columns);
+      reinterpret_cast<FinalChannel<float>*>(warp_sums + 2 * warps * columns);
   uint4 *const zeros = shared + layout.numbers, *const operands = zeros + kPieces;
   uint4* const stages = operands + layout.grad_y;
 
@@ -116,7 +126,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const auto copy = [&](int i) {
     if (i < total) {
       const uint4* const from = weight + static_cast<int64_t>(i) * kWeights;
-      for (int k = threadIdx.x; k < kWeights; k += kBlockThreads) {
+      for (int k = threadIdx.x; k < kWeights; k += blockDim.x) {
         copy_async(stages + i % 2 * kWeights + k, from + k);
       }
     }
@@ -125,46 +135,51 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   copy(0);
   norm.load(bn, first_channel, columns, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
-  for (int n = threadIdx.x; n < sizes.outputs; n += kBlockThreads) {
+  for (int n = threadIdx.x; n < sizes.outputs; n += blockDim.x) {
     final_channels[n] =
         FinalChannel<float>::load(gather.mean, gather.correction, sizes.images.rows, n);
   }
   __syncthreads();
 
   // grad_y, four channels at a time.
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int64_t end = min(first_row + kRows, sizes.images.rows);
-  const int fours = chunks * kChunk<T> / 4;
-  for (int i = threadIdx.x; i < stretch * fours; i += kBlockThreads) {
-    const int s = i / fours, n = i % fours * 4;
-    const int64_t row = sizes.images.stretch_begin(first_row) + s;
-    const int count = row >= 0 && row < sizes.images.rows ? count_before<4>(sizes.outputs, n) : 0;
-    Pack<float, 4> g{};
-    Pack<T, 4> values{};
-    if (count == 4 && grad_features.aligned && y.aligned) {
-      g = *reinterpret_cast<const Pack<float, 4>*>(grad_features.at(row, n));
-      values = *reinterpret_cast<const Pack<T, 4>*>(y.at(row, n));
-    } else {
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * block_rows;
+  const int64_t end = min(first_row + block_rows, sizes.images.rows);
+  const int fours = chunks * kChunk<T> / 4, items = stretch * fours;
+  const int64_t stretch_begin = sizes.images.stretch_begin(first_row);
+  for (int first = threadIdx.x; first < items; first += kBatch * blockDim.x) {
+    Pack<float, 4> g[kBatch];
+    Pack<T, 4> values[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j * blockDim.x, n = i % fours * 4;
+      const int64_t row = stretch_begin + i / fours;
+      const bool exists = i < items && row >= 0 && row < sizes.images.rows;
+      const int count = exists ? count_before<4>(sizes.outputs, n) : 0;
+      g[j] = load_four(grad_features, row, n, count);
+      values[j] = load_four(y, row, n, count);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j * blockDim.x, s = i / fours, n = i % fours * 4;
+      if (i >= items) break;
+      const int64_t row = stretch_begin + s;
+      const bool exists = row >= 0 && row < sizes.images.rows;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (k >= count) break;
-        g.values[k] = *grad_features.at(row, n + k);
-        values.values[k] = *y.at(row, n + k);
+        const float gradient =
+            exists && n + k < sizes.outputs
+                ? final_channels[n + k].gradient(g[j].values[k], widen(values[j].values[k]))
+                : 0;
+        values[j].values[k] = to_operand(narrow<T>(gradient));
       }
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (k >= count) break;
-      values.values[k] = to_operand(
-          narrow<T>(final_channels[n + k].gradient(g.values[k], widen(values.values[k]))));
-    }
-    const int in_chunk = n % kChunk<T>, piece = in_chunk / kPiece<T>;
-    T* const to =
-        reinterpret_cast<T*>(operands + n / kChunk<T> * stretch * kPieces + place(s, piece)) +
-        in_chunk % kPiece<T>;
-    *reinterpret_cast<Pack<T, 4>*>(to) = values;
-    if (blockIdx.y == 0 && row >= first_row && row < end && n < sizes.pitch) {
-      *reinterpret_cast<Pack<T, 4>*>(grad_y.at(row, n)) = values;
+      const int in_chunk = n % kChunk<T>;
+      uint4* const piece =
+          operands + n / kChunk<T> * stretch * kPieces + place(s, in_chunk / kPiece<T>);
+      *reinterpret_cast<Pack<T, 4>*>(reinterpret_cast<T*>(piece) + in_chunk % kPiece<T>) =
+          values[j];
+      if (blockIdx.y == 0 && row >= first_row && row < end && n < sizes.pitch) {
+        *reinterpret_cast<Pack<T, 4>*>(grad_y.at(row, n)) = values[j];
+      }
     }
   }
 
@@ -186,53 +201,60 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     if (chunk + 1 < chunks) continue;
 
     const int64_t row = tile_row + lane / kPieces;
+    const int first_own = i / chunks * kColumns + 4 * t;
+    const auto own_count = [&](int own, int r) {
+      return row + r * 8 < end ? count_before<4>(sizes.channels, first_channel + own) : 0;
+    };
+    const auto load = [&](Pack<T, 4>(&values)[kOwnRows], int own) {
+#pragma unroll
+      for (int r = 0; r < kOwnRows; ++r) {
+        values[r] = load_four(z, row + r * 8, first_channel + own, own_count(own, r));
+      }
+    };
+    Pack<T, 4> next[kOwnRows];
+    load(next, first_own);
 #pragma unroll
     for (int pair = 0; pair < kTiles / 2; ++pair) {
-      const int own = i / chunks * kColumns + pair * 2 * kTileColumns + 4 * t;
-      const int count = count_before<4>(sizes.channels, first_channel + own);
+      const int own = first_own + pair * 2 * kTileColumns;
+      Pack<T, 4> values[kOwnRows];
+#pragma unroll
+      for (int r = 0; r < kOwnRows; ++r) values[r] = next[r];
+      if (pair + 1 < kTiles / 2) load(next, own + 2 * kTileColumns);
       Channel<float> channels[4];
       norm.get(channels, own);
       float dz_sums[4] = {}, dz_centred_sums[4] = {};
 #pragma unroll
       for (int r = 0; r < kOwnRows; ++r) {
-        const int own_count = row + r * 8 < end ? count : 0;
-        Pack<T, 4> values{};
-        if (own_count == 4 && z.aligned) {
-          values = *reinterpret_cast<const Pack<T, 4>*>(z.at(row + r * 8, first_channel + own));
-        } else {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            if (k < own_count) values.values[k] = *z.at(row + r * 8, first_channel + own + k);
-          }
-        }
+        const int count = own_count(own, r);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const float value = widen(values.values[k]);
+          const float value = widen(values[r].values[k]);
           float& sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
           const T stored = narrow<T>(masked<T>(channels[k], value, sum));
-          const float dz = k < own_count ? widen(stored) : 0;
+          const float dz = k < count ? widen(stored) : 0;
           dz_sums[k] += dz;
           dz_centred_sums[k] = fma(dz, value - channels[k].mean, dz_centred_sums[k]);
-          values.values[k] = stored;
+          values[r].values[k] = stored;
           sum = 0;
         }
-        if (own_count > 0) {
-          store_row(grad_z.at(row + r * 8, first_channel + own), values, grad_z.aligned, own_count);
+        if (count > 0) {
+          store_row(grad_z.at(row + r * 8, first_channel + own), values[r], grad_z.aligned, count);
         }
       }
       const int column = own + add_lanes(dz_sums, dz_centred_sums);
-      if (lane & 4) continue;
-      warp_sums[warp * 2 * columns + column] = dz_sums[0];
-      warp_sums[(warp * 2 + 1) * columns + column] = dz_centred_sums[0];
+      if (!(lane & 4)) {
+        warp_sums[warp * 2 * columns + column] = dz_sums[0];
+        warp_sums[(warp * 2 + 1) * columns + column] = dz_centred_sums[0];
+      }
     }
   }
   wait_for_copies<0>();
   __syncthreads();
-  for (int i = threadIdx.x; i < groups * kColumns; i += kBlockThreads) {
+  for (int i = threadIdx.x; i < groups * kColumns; i += blockDim.x) {
     const int64_t c = first_channel + i;
     if (c >= sizes.channels) continue;
     float dz = 0, dz_centred = 0;
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < warps; ++w) {
       dz += warp_sums[w * 2 * columns + i];
       dz_centred += warp_sums[(w * 2 + 1) * columns + i];
     }
@@ -242,32 +264,15 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 #endif
 }
 
-// How a call is cut: as many rows per warp as leave blocks enough; where even those with the fewest
-// are too few, blocks share the columns.
-struct Cut {
-  int row_tiles, groups_per_block, splits;
-  int64_t bytes;
-
-  Cut(const Problem& problem, int64_t outputs, int64_t width) {
-    const int columns = conv3x3_tiles(true, problem.channels) * kTileColumns;
-    const int groups = static_cast<int>(ceil_div(problem.channels, columns));
-    const int64_t rows = problem.rows.count;
-    row_tiles = 4;
-    while (row_tiles > 1 && (rows < kBlocks * kWarps * row_tiles * kTileRows ||
-                             shared_bytes(problem, row_tiles, outputs, width) > shared_memory())) {
-      row_tiles /= 2;
-    }
-    const int64_t blocks = ceil_div(rows, kWarps * row_tiles * kTileRows);
-    groups_per_block = blocks >= kBlocks / 2 ? groups : 1;
-    splits = static_cast<int>(ceil_div(groups, groups_per_block));
-    bytes = shared_bytes(problem, row_tiles, outputs, width);
-  }
-
-  static int64_t shared_bytes(const Problem& problem, int row_tiles, int64_t outputs,
-                              int64_t width) {
-    return conv3x3_grad_input_bytes(problem.element, row_tiles, outputs, problem.channels, width);
-  }
-};
+int64_t shared_bytes(Element element, const RowCut& cut, int64_t outputs, int64_t channels,
+                     int64_t width) {
+  const int chunk = kPieces * kPieceBytes / element_size(element);
+  const int tiles = conv3x3_tiles(true, channels), columns = tiles * kTileColumns;
+  return SharedLayout(cut.warps, static_cast<int>(ceil_div(channels, columns)) * columns,
+                      static_cast<int>(ceil_div(outputs, chunk)),
+                      static_cast<int>(cut.rows() + 2 * width + 2), kTaps * tiles * kWarp)
+      .bytes();
+}
 
 }  // namespace
 
@@ -276,26 +281,27 @@ int64_t conv3x3_grad_pitch(Element element, int64_t outputs) {
   return ceil_div(outputs, piece) * piece;
 }
 
-int64_t conv3x3_grad_input_bytes(Element element, int row_tiles, int64_t outputs, int64_t channels,
+int64_t conv3x3_grad_input_bytes(Element element, int64_t outputs, int64_t channels,
                                  int64_t width) {
-  const int chunk = kPieces * kPieceBytes / element_size(element);
-  const int tiles = conv3x3_tiles(true, channels), columns = tiles * kTileColumns;
-  const int stretch = static_cast<int>(kWarps * row_tiles * kTileRows + 2 * width + 2);
-  return SharedLayout(static_cast<int>(ceil_div(channels, columns)) * columns,
-                      static_cast<int>(ceil_div(outputs, chunk)), stretch, kTaps * tiles * kWarp)
-      .bytes();
+  return shared_bytes(element, {4, 1}, outputs, channels, width);
 }
 
 void bn_relu_conv3x3_grad_input(const Problem& problem, const BatchNorm& bn, const ImageSize& image,
                                 const void* weight, int64_t outputs, const Gathered& gathered,
                                 const View& grad_y, const Gradients& gradients) {
-  const Cut cut(problem, outputs, image.width);
+  const auto bytes = [&](const RowCut& cut) {
+    return shared_bytes(problem.element, cut, outputs, problem.channels, image.width);
+  };
+  const RowCut cut = choose_row_cut(problem.rows.count, image.width, [&](const RowCut& cut) {
+    return bytes(cut) <= shared_memory();
+  });
   const int tiles = conv3x3_tiles(true, problem.channels);
-  const int64_t block_rows = kWarps * cut.row_tiles * kTileRows;
-  const Chunking chunking{block_rows, static_cast<int>(ceil_div(problem.rows.count, block_rows))};
+  const int groups = static_cast<int>(ceil_div(problem.channels, tiles * kTileColumns));
+  const Chunking chunking{cut.rows(), static_cast<int>(ceil_div(problem.rows.count, cut.rows()))};
+  const int splits = chunking.chunks < kFewBlocks ? groups : 1;
   const Sizes sizes{
       ImageRows(problem, image), static_cast<int>(problem.channels), static_cast<int>(outputs),
-      static_cast<int>(conv3x3_grad_pitch(problem.element, outputs)), cut.groups_per_block};
+      static_cast<int>(conv3x3_grad_pitch(problem.element, outputs)), groups / splits};
   const int64_t partials = problem.channels * chunking.chunks;
   double* const partial_dz = problem.workspace(2 * partials);
   double* const partial_dz_centred = partial_dz + partials;
@@ -305,7 +311,7 @@ void bn_relu_conv3x3_grad_input(const Problem& problem, const BatchNorm& bn, con
     constexpr auto kKernel = bn_relu_conv3x3_grad_input_kernel<T, decltype(row_tiles)::value,
                                                                decltype(tiles_tag)::value>;
     allow_shared<kKernel>();
-    kKernel<<<dim3(chunking.chunks, cut.splits), kBlockThreads, cut.bytes,
+    kKernel<<<dim3(chunking.chunks, splits), cut.warps * kWarp, bytes(cut),
               static_cast<cudaStream_t>(problem.stream)>>>(
         sizes, Rows<const float>(gathered.grad_features, 4), Rows<const T>(gathered.y, 4),
         Gather{gathered.mean, gathered.correction}, Rows<const T>(problem.features[0].x, 4), bn,
@@ -315,7 +321,6 @@ void bn_relu_conv3x3_grad_input(const Problem& problem, const BatchNorm& bn, con
   };
   dispatch_operand(problem.element, [&](auto element) {
     dispatch_conv3x3_tiles(tiles, [&](auto tag) {
-      if (cut.row_tiles == 4) return launch(element, std::integral_constant<int, 4>{}, tag);
       if (cut.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tag);
       launch(element, std::integral_constant<int, 1>{}, tag);
     });

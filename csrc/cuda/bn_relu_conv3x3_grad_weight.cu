@@ -106,13 +106,20 @@ struct TapLoads {
       for (int m = 0; m < kChannelTiles<T>; ++m)
         load_transposed(a[m], from ^ (m * 2 * kPieceBytes));
     } else {
+      const int channel = lane / 4;
+      const char* const begin = reinterpret_cast<const char*>(stretch);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int own = lane % 4 + i / 2 * 4, channel = lane / 4 + i % 2 * 8;
+      for (int half = 0; half < 2; ++half) {
+        const int own = lane % 4 + half * 4;
         const bool exists = inside[row + own] >> tap & 1;
-        const uint4* const from = stretch + place(s + own, channel / kPiece<T>);
-        const T value = reinterpret_cast<const T*>(from)[channel % kPiece<T>];
-        a[0][i] = exists ? __float_as_uint(value) : 0;
+        const int from =
+            place(s + own, channel / kPiece<T>) * kPieceBytes + channel % kPiece<T> * 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // channels 8 apart are two pieces apart
+          const auto value =
+              *reinterpret_cast<const uint32_t*>(begin + (from ^ (i * 2 * kPieceBytes)));
+          a[0][2 * half + i] = exists ? value : 0;
+        }
       }
     }
   }

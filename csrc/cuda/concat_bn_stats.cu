@@ -85,7 +85,20 @@ __global__ void __launch_bounds__(kThreads)
     });
   }
 
-  // 2. The threads of a channel.
+  // 2. The threads of a channel, relative to the first one's mean: it is nearer to the result than
+  // a single value is, and so loses less to rounding.
+  Acc base[kChannels];
+  if (threadIdx.y == 0) {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) shared_mean[k][threadIdx.x] = moments.mean[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    base[k] = shared_mean[k][threadIdx.x];
+    moments.mean[k] -= base[k];
+  }
+  __syncthreads();
   reduce_threads(
       [&](int i) {
         shared_count[i] = moments.count;
@@ -106,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
       const int64_t i = partial_index(chunking, tile.channel + k);
-      partial_mean[i] = static_cast<double>(shift[k]) + moments.mean[k];
+      partial_mean[i] = static_cast<double>(shift[k]) + base[k] + moments.mean[k];
       partial_m2[i] = moments.m2[k];
     }
   }

@@ -69,12 +69,37 @@ void dispatch_conv3x3_tiles(int tiles, const Body& body) {
   if constexpr (kTiles < kMaxConv3x3Tiles) dispatch_conv3x3_tiles<kTiles + 2>(tiles, body);
 }
 
-// Shared memory of the other kernels' smallest blocks.
-int64_t conv3x3_grad_input_bytes(Element element, int row_tiles, int64_t outputs, int64_t channels,
-                                 int64_t width);
+// Shared memory of the smallest blocks of the gradients' kernels.
+int64_t conv3x3_grad_input_bytes(Element element, int64_t outputs, int64_t channels, int64_t width);
 int64_t conv3x3_grad_weight_bytes(Element element, int64_t outputs, int64_t width);
 
-// Pieces of the weight of one chunk of channels and one group of columns: [tap][tile][lane].
+// Warps of a block, and tiles of 16 rows of each.
+struct RowCut {
+  int warps, row_tiles;
+
+  int rows() const { return warps * row_tiles * kTileRows; }
+};
+
+constexpr int kMaxRowWarps = 8, kMaxRowTiles = 2;
+
+// The cut whose busiest multiprocessor of a large GPU has the fewest rows, those around each tile
+// and an allowance for what a tile costs besides counted in. fits(cut): shared memory is enough.
+template <typename Fits>
+RowCut choose_row_cut(int64_t rows, int64_t width, const Fits& fits) {
+  constexpr int64_t kMultiprocessors = 132, kAllowance = 64;
+  const auto cost = [&](const RowCut& cut) {
+    const int64_t tiles = ceil_div(ceil_div(rows, cut.rows()), kMultiprocessors);
+    return tiles * (cut.rows() + 2 * width + 2 + kAllowance);
+  };
+  RowCut best{4, 1};
+  for (const RowCut& cut : {RowCut{8, 1}, RowCut{8, 2}}) {
+    if (cost(cut) <= cost(best) && fits(cut)) best = cut;
+  }
+  return best;
+}
+
+// Pieces of the weight of one chunk of channels and one group of columns:
+// [tap][step][pair of tiles][lane]. A piece holds the step's operands of both tiles.
 template <int kTiles>
 constexpr int kConv3x3Stage = kTaps * kTiles * kWarp;
 
@@ -105,24 +130,23 @@ __device__ void multiply_taps(float (&sums)[kRowTiles][kTiles][4], const uint4* 
       const int s = first + m * kTileRows + lane % 16 + images.shift(tap);
       from[m] = inside[m] >> tap & 1 ? begin + place(s, lane / 16) * kPieceBytes : outside;
     }
-    uint4 b[kTiles];
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) b[j] = weight[(tap * kTiles + j) * kWarp + lane];
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       if (step == steps) break;
+      uint4 b[kTiles / 2];
+#pragma unroll
+      for (int pair = 0; pair < kTiles / 2; ++pair) {
+        b[pair] = weight[((tap * 2 + step) * (kTiles / 2) + pair) * kWarp + lane];
+      }
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         uint32_t a[4];
         // The second step's pieces are two places on, which `place` makes an exclusive or.
         load_matrices(a, from[m] ^ (step * 2 * kPieceBytes));
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          if (step == 0) {
-            mma<T>(sums[m][j], a, {b[j].x, b[j].y});
-          } else {
-            mma<T>(sums[m][j], a, {b[j].z, b[j].w});
-          }
+        for (int pair = 0; pair < kTiles / 2; ++pair) {
+          mma<T>(sums[m][2 * pair], a, {b[pair].x, b[pair].y});
+          mma<T>(sums[m][2 * pair + 1], a, {b[pair].z, b[pair].w});
         }
       }
     }
