@@ -1,4 +1,4 @@
-"""The benchmarks of a train step: what they measure, refuse and write, on small networks."""
+"""The benchmarks of networks: what they measure, refuse and write, on small ones."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ import common  # noqa: E402
 import kernels  # noqa: E402
 import memory_vs_depth  # noqa: E402
 import train_step  # noqa: E402
+from common import Network  # noqa: E402
 from memory_vs_depth import Fit  # noqa: E402
-from train_step import Job, Network, Row  # noqa: E402
+from rows import Job, graph_times  # noqa: E402
+from train_step import Row  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +102,7 @@ def test_rows_come_from_processes_of_their_own(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
 def test_every_row_does_the_same_work(tiny, row, precision):
     if row not in common.DENSENETS:
-        pytest.importorskip(row.removesuffix("-me"))
+        pytest.importorskip(row.partition("-")[0])
     measured = train_step.measure(tiny(row, precision))
     assert measured.note == "" and measured.step_ms > 0
 
@@ -128,12 +130,12 @@ def test_failures_become_rows(tiny, monkeypatch):
     assert train_step.measure(tiny("checkpoint")).note == "out of memory"
     assert train_step.measure(tiny("timm")).note == "ValueError: first line of more"
     monkeypatch.setattr(sys, "executable", "false")
-    assert train_step.measure_in_process(tiny("plain")).note == "exit status 1: no output"
+    assert Row.in_process(tiny("plain"), train_step.__file__).note == "exit status 1: no output"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="captures where there is a GPU")
 def test_a_missing_graph_says_why(tiny):
-    assert train_step.graph_times(None, 1)["note"].startswith("no graph: ")
+    assert graph_times(None, 1)["note"].startswith("no graph: ")
 
 
 @requires_cuda
@@ -274,9 +276,6 @@ def test_plot_of_an_earlier_run(tmp_path, nbytes):
 
 def test_numbers_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    content = content_of([1, 2, 3, 4, 5])
-    content["origin"] = common.origin("cpu", "command")
-    curves = {"plain": memory_vs_depth.Curve(content["depths"], [1, 2, 3, 4, 5])}
-    memory_vs_depth.write(content, curves, tmp_path)
-    assert "--plot" in capsys.readouterr().out
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]
+    common.write_plot(memory_vs_depth.draw, content_of([1, 2, 3, 4, 5]), tmp_path / "run")
+    assert f"--plot {tmp_path / 'run.json'}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
