@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from reference import requires_cuda
@@ -18,6 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import inference  # noqa: E402
 import kernels  # noqa: E402
 import memory_vs_depth  # noqa: E402
 import train_step  # noqa: E402
@@ -189,6 +191,8 @@ def test_choice_of_rows():
         (train_step, "", "torch sees no GPU"),
         (train_step, "--device cpu --profile ours", "one --config and one --precision"),
         (train_step, "--device cpu --profile ours --config bc100 --precision fp32", "of a GPU"),
+        (inference, "", "torch sees no GPU"),
+        (inference, "--rows timm", "--rows: invalid choice: 'timm'"),
         (memory_vs_depth, "", "torch sees no GPU"),
         (memory_vs_depth, "--device cpu --depths 2 4 4 6", "four different depths or more"),
         (memory_vs_depth, "--plot missing.json", "no file missing.json"),
@@ -279,3 +283,72 @@ def test_numbers_without_matplotlib(tmp_path, monkeypatch, capsys):
     common.write_plot(memory_vs_depth.draw, content_of([1, 2, 3, 4, 5]), tmp_path / "run")
     assert f"--plot {tmp_path / 'run.json'}" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- inference
+
+
+def test_inference(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = "--device cpu --config bc40 --precision fp32 --batch 1 2 --steps 2 --warmup 1 "
+    arguments += f"--rows ours plain --out {tmp_path}"
+    assert inference.main(arguments.split()) == 0
+    text = (tmp_path / "inference.md").read_text()
+    assert capsys.readouterr().out == f"{text}\n" and f"benchmarks/inference.py {arguments}" in text
+    rows = json.loads((tmp_path / "inference.json").read_text())["rows"]
+    problems = [(batch, row) for batch in (1, 2) for row in ("ours", "plain")]
+    assert [(row["batch"], row["row"]) for row in rows] == problems
+    for row in rows:
+        assert 0 < row["ms_min"] <= row["ms"] and row["logits_error"] < 1e-4 and row["note"] == ""
+        assert row["activation_bytes"] is row["graph_ms"] is None
+
+
+@pytest.mark.parametrize("row", [row for row in inference.ROWS if row != "compile"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
+def test_every_row_evaluates_the_same(tiny, row, precision):
+    if row.startswith("torchvision"):
+        pytest.importorskip("torchvision")
+    measured = inference.measure(tiny(row, precision))
+    assert measured.note == "" and measured.ms > 0
+
+
+def test_running_statistics_count(tiny, monkeypatch):
+    class WithoutMean(nn.BatchNorm2d):
+        def forward(self, x):
+            if self.training:
+                return super().forward(x)
+            mean = torch.zeros_like(self.running_mean)
+            return F.batch_norm(x, mean, self.running_var, self.weight, self.bias)
+
+    def wrong(**settings):
+        model = common.DENSENETS["plain"](**settings)
+        model.features.denseblock2.denselayer1.norm2.__class__ = WithoutMean
+        return model
+
+    monkeypatch.setitem(train_step.MODELS, "ours", wrong)
+    row = inference.measure(tiny("ours"))
+    assert "not timed" in row.note and row.ms is None
+
+
+@requires_cuda
+@pytest.mark.parametrize("row", ["ours", *inference.PLAIN])
+def test_evaluation_on_a_gpu(tiny, row):
+    measured = inference.measure(tiny(row, "bf16", device="cuda"))
+    assert measured.ms > 0 and measured.activation_bytes > 0
+    assert measured.graph_ms > 0 and measured.note == ""
+
+
+def test_speedups_are_over_the_faster_plain_row():
+    def row(name, batch, *times):
+        return inference.Row("bc40", "bf16", name, batch, 1e-3, *times)
+
+    rows = [
+        *(row("ours", 1, 2.0, 1.9, 1.0, 0.9), row("ours", 8, 4.0, 3.9)),
+        *(row("plain", 1, 5.0, 4.9, 2.5, 2.4), row("plain", 8, 8.0, 7.9, 8.0, 8.0)),
+        *(row("plain-channels-last", 1, 3.0, 2.9, 4.0, 3.9), row("compile", 1)),
+    ]
+    lines = inference.speedups(rows).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert cells[0] == ["network", "precision", "row", "batch 1", "batch 8"]
+    assert cells[2] == ["bc40", "bf16", "ours", "1.50 / 2.50", "2.00 / -"]
+    assert cells[3] == ["bc40", "bf16", "compile", "- / -", "-"]
