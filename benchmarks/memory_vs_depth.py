@@ -37,6 +37,7 @@ from common import (
     DENSENETS,
     RESULTS,
     TrainStep,
+    describing_parser,
     gigabytes,
     markdown_table,
     origin,
@@ -44,6 +45,8 @@ from common import (
     peak_activation_bytes,
     positive,
     set_tf32,
+    write,
+    write_plot,
 )
 
 DEPTHS = [8, 16, 24, 32, 48, 64]
@@ -196,29 +199,11 @@ def draw(content: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(content: dict, curves: dict[str, Curve], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    stem = out / "memory_vs_depth"
-    text = as_text(content, curves)
-    print(text)
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    try:
-        draw(content, stem.with_suffix(".png"))
-    except ModuleNotFoundError as error:
-        print(f"no PNG: {error}; --plot {stem.with_suffix('.json')} draws it later")
-
-
 # --------------------------------------------------------------------------------- command line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = describing_parser(__doc__)
     add = parser.add_argument
     text = f"layers per block, four or more (default: {' '.join(map(str, DEPTHS))})"
     add("--depths", nargs="+", type=positive, default=DEPTHS, metavar="N", help=text)
@@ -255,7 +240,10 @@ def main(arguments: list[str]) -> int:
         "depths": options.depths,
         "rows": as_json(curves),
     }
-    write(content, curves, options.out)
+    text = as_text(content, curves)
+    print(text)
+    write(options.out / "memory_vs_depth", text, content)
+    write_plot(draw, content, options.out / "memory_vs_depth")
     fits = {name: curve.fit() for name, curve in curves.items() if name.startswith("ours")}
     not_linear = [name for name, fit in fits.items() if not (fit and fit.exponent < LINEAR)]
     if not_linear:

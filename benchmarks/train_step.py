@@ -41,106 +41,51 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import gc
 import itertools
 import json
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import DeviceType
 
 import efficient_densenet
 from common import (
     DENSENETS,
-    RESULTS,
+    NETWORKS,
+    PRECISIONS,
     TrainStep,
+    describing_parser,
     gigabytes,
     markdown_table,
+    milliseconds,
     origin,
     origin_lines,
     peak_activation_bytes,
     positive,
-    set_tf32,
+)
+from rows import (
+    Job,
+    JobRow,
+    NotTimed,
+    add_job_options,
+    checked_step,
+    graph_times,
+    measure_each,
+    model_and_images,
+    parse_job_options,
+    times_ms,
+    write_rows,
 )
 
 PROFILED_STEPS = 10
 PROFILED_KERNELS = 25
 
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """Settings of `DenseNet`, and the size of its images."""
-
-    growth_rate: int
-    block_config: tuple[int, ...]
-    num_init_features: int
-    small_inputs: bool = False
-    spatial_dims: int = 2
-
-    @property
-    def settings(self) -> dict:
-        return {**dataclasses.asdict(self), "num_classes": self.num_classes}
-
-    @property
-    def num_classes(self) -> int:
-        return 10 if self.small_inputs else 1000
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Of an image."""
-        return (
-            {2: 32 if self.small_inputs else 224, 3: 96}[self.spatial_dims],
-        ) * self.spatial_dims
-
-
-NETWORKS = {
-    "bc40": Network(12, (6, 6, 6), 24, small_inputs=True),  # for a CPU
-    "bc100": Network(12, (16, 16, 16), 24, small_inputs=True),
-    "bc190": Network(40, (31, 31, 31), 80, small_inputs=True),
-    "densenet121": Network(32, (6, 12, 24, 16), 64),
-    "densenet201": Network(32, (6, 12, 48, 32), 64),
-    "densenet264": Network(48, (6, 12, 64, 48), 96),
-    "densenet121-3d": Network(32, (6, 12, 24, 16), 64, spatial_dims=3),  # 96^3 voxels
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """How a step computes, and how far its logits may be from those of plain.
-
-    The tolerance is a few times what rounding does to plain: with batches of random images, the
-    relative L2 error is up to 4e-3 in float16 and 3e-2 in bfloat16. A ReLU left out gives 6e-2 to
-    1.4e-1, so bfloat16 shows gross mistakes only; the tests are what is exact.
-    """
-
-    tolerance: float
-    tf32: bool = False
-    dtype: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
-    memory_format: torch.memory_format = torch.channels_last
-
-    def format_of(self, images: Tensor) -> torch.memory_format:
-        """`memory_format` for as many dimensions as the images have."""
-        is_3d = images.dim() == 5 and self.memory_format == torch.channels_last
-        return torch.channels_last_3d if is_3d else self.memory_format
-
-
-PRECISIONS = {
-    "fp32": Precision(1e-3, memory_format=torch.contiguous_format),
-    "tf32": Precision(2e-2, tf32=True, memory_format=torch.contiguous_format),
-    "bf16": Precision(1e-1, dtype=torch.bfloat16),
-    "fp16": Precision(2e-2, dtype=torch.float16),
-    "bf16-autocast": Precision(1e-1, autocast=torch.bfloat16),
-    "fp16-autocast": Precision(2e-2, autocast=torch.float16),
-}
 
 # Configurations and precisions of the published table.
 PUBLISHED = [
@@ -250,35 +195,8 @@ EAGER_ROWS = [name for name in MODELS if not name.startswith("compile")]
 # ------------------------------------------------------------------------------------ measuring
 
 
-class NotTimed(Exception):
-    """A row's result is not that of plain; the message says by how much."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a row is measured with; it travels to the row's process as JSON."""
-
-    config: str
-    precision: str
-    row: str
-    batch: int
-    steps: int
-    warmup: int
-    device: str
-    cudnn_benchmark: bool
-
-    def __str__(self) -> str:
-        return f"{self.config} {self.precision} {self.row}"
-
-
 @dataclasses.dataclass
-class Row:
-    """What was measured; None where there is no such number, and `note` says why."""
-
-    config: str
-    precision: str
-    row: str
-    batch: int
+class Row(JobRow):
     logits_error: float | None = None
     step_ms: float | None = None
     step_ms_min: float | None = None
@@ -288,132 +206,34 @@ class Row:
     reserved_bytes: int | None = None
     note: str = ""
 
-    @classmethod
-    def of(cls, job: Job, **measured) -> Row:
-        return cls(job.config, job.precision, job.row, job.batch, **measured)
-
 
 def train_step(job: Job, row: str) -> TrainStep:
-    """A step of `row` on the weights and the batch that all rows have."""
-    network, precision = NETWORKS[job.config], PRECISIONS[job.precision]
-    torch.manual_seed(0)
-    model = MODELS[row](**network.settings)
-    torch.manual_seed(1)  # a model may draw more numbers than its weights need
-    images = torch.randn(job.batch, 3, *network.sizes)
-    target = torch.randint(network.num_classes, (job.batch,)).to(job.device)
-    memory_format = precision.format_of(images)
-    model.to(job.device, precision.dtype, memory_format=memory_format)
-    images = images.to(job.device, precision.dtype, memory_format=memory_format)
+    precision = PRECISIONS[job.precision]
+    model, images = model_and_images(job, MODELS[row], precision)
+    target = torch.randint(NETWORKS[job.config].num_classes, (job.batch,)).to(job.device)
     return TrainStep(model, images, target, precision.autocast)
 
 
-def expected_logits(job: Job) -> Tensor:
-    with torch.no_grad():
-        return train_step(job, "plain").forward()
-
-
-def checked_step(job: Job) -> tuple[TrainStep, float]:
-    """A warm step, and the relative error of its first logits.
-
-    Raises:
-        NotTimed: the error is over the tolerance of the precision.
-    """
-    precision = PRECISIONS[job.precision]
-    set_tf32(precision.tf32)
-    torch.backends.cudnn.benchmark = job.cudnn_benchmark
-    expected = expected_logits(job).double()
-    gc.collect()
-    torch.cuda.empty_cache()  # plain's memory is not to count as reserved
-    step = train_step(job, job.row)
-    error = ((step().double() - expected).norm() / expected.norm()).item()
-    if not error <= precision.tolerance:
-        raise NotTimed(
-            f"not timed: logits differ from plain's by {error:.1e}, more than {precision.tolerance}"
-        )
-    for _ in range(job.warmup):
-        step()
-    return step, error
-
-
-def times_ms(function: Callable[[], object], count: int) -> list[float]:
-    """Wall-clock times from the first launch to the end of the GPU's work, in order."""
-    synchronise = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    times = []
-    for _ in range(count):
-        synchronise()
-        begin = time.perf_counter()
-        function()
-        synchronise()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return times
-
-
-def capture(step: TrainStep) -> torch.cuda.CUDAGraph:
-    """The whole step as a CUDA graph, after a warm-up on a side stream as torch's notes ask for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
-
-
-def graph_times(step: TrainStep, count: int) -> dict[str, float | str]:
-    """Fields of `Row`: the times of a replay, or why there are none."""
-    try:
-        graph = capture(step)
-        graph.replay()
-        times = times_ms(graph.replay, count)
-    except Exception as error:  # what a peer or torch raises here is not ours to choose
-        # Ending a broken capture raises again; what broke it is the context of that.
-        return {"note": f"no graph: {summary(error.__context__ or error)}"}
-    return {"graph_ms": statistics.median(times), "graph_ms_min": min(times)}
+def measurements(job: Job) -> dict:
+    """Fields of `Row`."""
+    step, error = checked_step(job, train_step)
+    on_gpu = job.device == "cuda"
+    activation_bytes = peak_activation_bytes(step) if on_gpu else None
+    times = times_ms(step, job.steps)
+    return {
+        "logits_error": error,
+        "step_ms": statistics.median(times),
+        "step_ms_min": min(times),
+        "activation_bytes": activation_bytes,
+        "reserved_bytes": torch.cuda.memory_reserved() if on_gpu else None,
+        # Last: a capture that breaks may leave the process unusable, and its pool is not part
+        # of what is reserved above.
+        **(graph_times(step, job.steps) if on_gpu else {}),
+    }
 
 
 def measure(job: Job) -> Row:
-    try:
-        step, error = checked_step(job)
-        on_gpu = job.device == "cuda"
-        activation_bytes = peak_activation_bytes(step) if on_gpu else None
-        times = times_ms(step, job.steps)
-        return Row.of(
-            job,
-            logits_error=error,
-            step_ms=statistics.median(times),
-            step_ms_min=min(times),
-            activation_bytes=activation_bytes,
-            reserved_bytes=torch.cuda.memory_reserved() if on_gpu else None,
-            # Last: a capture that breaks may leave the process unusable, and its pool is not part
-            # of what is reserved above.
-            **(graph_times(step, job.steps) if on_gpu else {}),
-        )
-    except NotTimed as error:
-        return Row.of(job, note=str(error))
-    except Exception as error:  # one row's failure is not the end of the others
-        return Row.of(job, note=summary(error))
-
-
-def summary(error: BaseException) -> str:
-    """The first sentence of an error, without the numbers and advice that follow it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    text = " ".join(str(error).split()).partition(". ")[0]
-    return f"{type(error).__name__}: {text}"[:160]
-
-
-def measure_in_process(job: Job) -> Row:
-    """`measure` in a new process, which prints the row as its last line."""
-    command = [sys.executable, __file__, "--job", json.dumps(dataclasses.asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        last = ["", *done.stderr.split("\n")]
-        reason = next((line for line in reversed(last) if line.strip()), "no output")
-        return Row.of(job, note=f"exit status {done.returncode}: {reason[:160]}")
-    return Row(**json.loads(done.stdout.splitlines()[-1]))
+    return Row.measured(job, measurements)
 
 
 # ------------------------------------------------------------------------------------ profiling
@@ -421,7 +241,7 @@ def measure_in_process(job: Job) -> Row:
 
 def profile(job: Job) -> str:
     """Where the time of a step goes: host and GPU, and the kernels that take most of it."""
-    step, _ = checked_step(job)
+    step, _ = checked_step(job, train_step)
     step_ms = statistics.median(times_ms(step, job.steps))
     host_ms = statistics.median(host_times_ms(step, job.steps))
     # Without the CPU's events, which would slow the launches down.
@@ -473,15 +293,12 @@ def host_times_ms(step: TrainStep, count: int) -> list[float]:
 
 
 def table(rows: list[Row]) -> str:
-    def ms(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
     columns = ["network", "precision", "row", "step ms", "min", "graph ms", "min"]
     columns += ["activations GB", "reserved GB", "note"]
     cells = [
         [
             *(row.config, row.precision, row.row),
-            *map(ms, (row.step_ms, row.step_ms_min, row.graph_ms, row.graph_ms_min)),
+            *map(milliseconds, (row.step_ms, row.step_ms_min, row.graph_ms, row.graph_ms_min)),
             *map(gigabytes, (row.activation_bytes, row.reserved_bytes)),
             row.note.replace("|", "\\|"),
         ]
@@ -490,36 +307,11 @@ def table(rows: list[Row]) -> str:
     return markdown_table(columns, cells)
 
 
-def write(out: Path, source: dict, options: argparse.Namespace, rows: list[Row]) -> str:
-    """Both files; returns the text of the table's."""
-    benchmark = "on" if options.cudnn_benchmark else "off"
-    text = (
-        f"# Train step, batch {options.batch}\n\n{origin_lines(source)}"
-        f"- median and minimum of {options.steps} steps after {options.warmup}, "
-        f"cudnn.benchmark {benchmark}\n\n{table(rows)}"
-    )
-    (out / "train_step.md").write_text(text)
-    content = {
-        "origin": source,
-        "steps": options.steps,
-        "warmup": options.warmup,
-        "cudnn_benchmark": options.cudnn_benchmark,
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    (out / "train_step.json").write_text(json.dumps(content, indent=1) + "\n")
-    return text
-
-
 # --------------------------------------------------------------------------------- command line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = describing_parser(__doc__)
     add = parser.add_argument
     add("--config", nargs="+", choices=NETWORKS, metavar="NAME", help=", ".join(NETWORKS))
     pairs = ", ".join(" ".join(pair) for pair in PUBLISHED)
@@ -533,17 +325,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     text += "--precision, writes profile_CONFIG_PRECISION_ROW.txt"
     add("--profile", choices=MODELS, metavar="ROW", help=text)
     add("--batch", type=positive, default=64, metavar="N", help="images (default: 64)")
-    add("--steps", type=positive, default=30, metavar="N", help="timed steps (default: 30)")
-    add("--warmup", type=positive, default=10, metavar="N", help="steps before (default: 10)")
-    text = "cpu measures no memory and no graph; it is there to try the script"
-    add("--device", choices=("cuda", "cpu"), default="cuda", help=text)
-    text = "let cuDNN time its algorithms (torch's default is not to)"
-    add("--cudnn-benchmark", action="store_true", help=text)
-    add("--out", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
-    add("--job", type=json.loads, help=argparse.SUPPRESS)  # one row, in the process of that row
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available() and options.job is None:
-        parser.error("torch sees no GPU; --device cpu tries the script without one")
+    add_job_options(parser)
+    options = parse_job_options(parser, arguments)
     if options.profile and not (len(options.config or []) == len(options.precision or []) == 1):
         parser.error("--profile takes one --config and one --precision")
     if options.profile and options.device == "cpu":
@@ -559,12 +342,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
             configs, precisions = list(NETWORKS), list(PRECISIONS)
         pairs = list(itertools.product(options.config or configs, options.precision or precisions))
     rows = options.rows or (EAGER_ROWS if options.all else list(DENSENETS))
-    return [job(options, *pair, row) for pair in pairs for row in rows]
-
-
-def job(options: argparse.Namespace, config: str, precision: str, row: str) -> Job:
-    shared = ("batch", "steps", "warmup", "device", "cudnn_benchmark")
-    return Job(config, precision, row, **{name: getattr(options, name) for name in shared})
+    return [Job.of(options, *pair, row, batch=options.batch) for pair in pairs for row in rows]
 
 
 def main(arguments: list[str]) -> int:
@@ -576,18 +354,16 @@ def main(arguments: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.profile:
         return run_profile(options, source)
-    rows: list[Row] = []
-    for one in jobs(options):
-        begin = time.monotonic()
-        rows.append(measure_in_process(one))
-        text = write(options.out, source, options, rows)
-        print(f"{one}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
+    for rows in measure_each(Row, jobs(options), __file__):
+        stem, title = options.out / "train_step", f"Train step, batch {options.batch}"
+        text = write_rows(stem, title, table(rows), source, options, rows)
     print(text)
     return int(any(row.step_ms is None for row in rows if row.row.startswith("ours")))
 
 
 def run_profile(options: argparse.Namespace, source: dict) -> int:
-    one = job(options, options.config[0], options.precision[0], options.profile)
+    identity = (options.config[0], options.precision[0], options.profile)
+    one = Job.of(options, *identity, batch=options.batch)
     try:
         text = f"{origin_lines(source)}\n{profile(one)}"
     except NotTimed as error:

