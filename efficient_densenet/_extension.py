@@ -75,6 +75,7 @@ _C = _load()
 for _name in (
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
+    "bn_relu_max_pool",
     "concat_bn_relu",
     "dense_block",
     "dense_block_backward",

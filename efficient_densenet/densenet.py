@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import functional
 from ._arguments import RECOMPUTE, check_tensor, computed_dtype
 from .batch_norm import BatchNorm
+from .bn_relu_max_pool import bn_relu_max_pool
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .dense_block import DenseLayer, Plan
 from .layout import block_is_channels_last, convolution_is_channels_last
@@ -105,6 +106,17 @@ def _why_not_halving(pool: Any, x: Tensor) -> str | None:
     return None
 
 
+def _why_not_max_pool(pool: Any, x: Tensor) -> str | None:
+    """Maxima over windows of 3 with stride 2 and padding 1."""
+    why = _why_called(pool, *_MAX_POOLS.values())
+    if why is not None:
+        return f"pool {why}"
+    numbers = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    if type(pool) is not _MAX_POOLS.get(x.dim() - 2) or pool.ceil_mode or pool.return_indices:
+        return "pool is for other inputs, or returns something else"
+    return None if [_size(size) for size in numbers] == [3, 2, 1, 1] else "pool has other windows"
+
+
 # ------------------------------------------------------------------------------------------------
 # Fused pieces
 
@@ -160,6 +172,15 @@ def _fused_bn_relu(
         bn.num_batches_tracked.add_(1)
     with recompute_in_backward(y):
         return consumer(y)
+
+
+def _stem_norm_relu(norm: nn.Module, consumer: nn.Module, x: Tensor) -> Tensor:
+    """``consumer(relu(norm(x)))``: as one with the stem's max pooling, or any other consumer."""
+    pools = _why_not_max_pool(consumer, x) is None
+    y: Tensor = (
+        bn_relu_max_pool(x, _batch_norm(norm)) if pools else _fused_bn_relu(norm, consumer, [x])
+    )
+    return y
 
 
 class _DenseLayer(nn.Module):
@@ -675,7 +696,7 @@ class DenseNet(nn.Module):
                 x = _in_format(y, channels_last) if restores else y
             elif fuses and len(modules) > 1 and _why_not_norm_relu(module, modules[0]) is None:
                 modules.popleft()  # the stem's
-                x = _fused_bn_relu(module, modules.popleft(), [x])
+                x = _stem_norm_relu(module, modules.popleft(), x)
             else:
                 x = module(x)
             if intermediates is not None and modules and isinstance(modules[0], _POOLING):

@@ -164,7 +164,8 @@ void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling
     const int64_t width = line_width(pooling), pooled_width = width / 2;
 
     // Corner `i` of a window is one pixel further in the dimensions whose bits are set in `i`.
-    Window window{{}, 1 << pooling.dims};
+    Window window{};
+    window.size = 1 << pooling.dims;
     int64_t pooled_lines = pooling.images, stride = x.row_strides[0];
     for (int d = pooling.dims - 1, bit = 1; d >= 0; --d, bit *= 2) {
       for (int i = 0; i < bit; ++i) window.offsets[bit + i] = window.offsets[i] + stride;
