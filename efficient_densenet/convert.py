@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import functional
 from ._arguments import RECOMPUTE, computed_dtype
 from .batch_norm import BatchNorm
-from .dense_block import DenseLayer, Plan
+from .dense_block import DenseLayer, Plan, Pool
 from .densenet import (
     _BATCH_NORMS,
     _batch_norm,
@@ -363,7 +363,8 @@ class _ConvertedBlock(_Converted):
         tensors, drop_rate = self._tensors()
         norm: BatchNorm | None = None if reader is None else _batch_norm(reader.norm)
         recompute = self._efficient_densenet.recompute
-        return Plan(x, tensors, drop_rate, recompute, norm, pool=norm is not None)
+        pool = Pool.NONE if reader is None else Pool.WINDOWS
+        return Plan(x, tensors, drop_rate, recompute, norm, pool)
 
 
 class _ConvertedSequential(_Converted):
@@ -444,8 +445,8 @@ def convert(
     of efficient_densenet_pytorch, alone or anywhere inside a model. Parameters, buffers, names and
     results stay; running statistics are updated exactly once per step, also where the library's
     own checkpointing is on, which is then not used. A transition behind a block runs together with
-    it, and the stem's batch norm, ReLU and max pooling are one operator. Converting again changes nothing but
-    ``recompute``. Each block is logged (logger ``efficient_densenet``, level INFO).
+    it, and the stem's batch norm, ReLU and max pooling are one operator. Converting again changes
+    nothing but ``recompute``. Each block is logged (logger ``efficient_densenet``, level INFO).
 
     A block's output is channels-last and is itself kept for the backward pass; where the next
     module of a ``nn.Sequential`` works in place, that gets a copy. ``torch.compile`` sees a block

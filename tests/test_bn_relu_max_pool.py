@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from block_reference import plain_batch_norm
+from block_reference import cast_norm, plain_batch_norm
 from efficient_densenet import BatchNorm, bn_relu_max_pool
 from reference import (
     DEVICES,
@@ -68,12 +68,6 @@ def make_problem(shape, dtype, device, parameter_dtype=None, memory_format="cont
     return x, norm, torch.randn_like(max_pool(x.double())).to(dtype)
 
 
-def cast(norm: BatchNorm, dtype: torch.dtype) -> BatchNorm:
-    fields = ("running_mean", "running_var", "weight", "bias")
-    values = {name: getattr(norm, name) for name in fields}
-    return norm._replace(**{n: None if v is None else v.to(dtype) for n, v in values.items()})
-
-
 def run(operator, x: Tensor, norm: BatchNorm, grad_y: Tensor) -> dict[str, Tensor]:
     """Result, gradients and new running statistics of one call, by name; arguments stay."""
     leaves = {"x": x, "weight": norm.weight, "bias": norm.bias}
@@ -90,7 +84,7 @@ def run(operator, x: Tensor, norm: BatchNorm, grad_y: Tensor) -> dict[str, Tenso
 
 def is_clear(x: Tensor, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
     """Where rounding decides neither which pixel of a window wins nor whether its ReLU is open."""
-    norm = cast(norm, torch.float64)._replace(num_batches_tracked=None)
+    norm = cast_norm(norm, torch.float64)._replace(num_batches_tracked=None)
     if norm.training:
         norm = norm._replace(running_mean=None, running_var=None)
     z = plain_batch_norm(x.double(), norm)
@@ -106,7 +100,7 @@ def errors(x: Tensor, norm: BatchNorm, grad_y: Tensor) -> dict[str, tuple[float,
     """Per tensor: our error and plain torch's, against float64 from the same rounded inputs."""
     if x.dtype != torch.float64:
         grad_y = grad_y * is_clear(x, norm, x.dtype)
-    wide = x.double(), cast(norm, torch.float64), grad_y.double()
+    wide = x.double(), cast_norm(norm, torch.float64), grad_y.double()
     exact, torchs = run(plain_bn_relu_max_pool, *wide), run(plain_bn_relu_max_pool, x, norm, grad_y)
     return compare(run(bn_relu_max_pool, x, norm, grad_y), torchs, exact)
 
@@ -368,7 +362,7 @@ def test_gradient_of_any_strides(device, memory_format):
 def test_autocast(device, dtype):
     x, norm, grad_y = make_problem((6, 8, 9, 9), torch.float32, device)
     leaves = [t.requires_grad_() for t in (x, norm.weight, norm.bias)]
-    exact = run(plain_bn_relu_max_pool, x.double(), cast(norm, torch.float64), grad_y.double())
+    exact = run(plain_bn_relu_max_pool, x.double(), cast_norm(norm, torch.float64), grad_y.double())
     with torch.autocast(device, dtype):
         y = bn_relu_max_pool(x, norm)
     assert y.dtype == dtype

@@ -532,6 +532,21 @@ def test_hooks_on_blocks_and_readers_are_called(device, name):
     assert len(shapes) == 8 and shapes[:4] == shapes[4:]
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_head_averages_in_the_last_block(device, hooked):
+    model = DenseNet(**SMALL, efficient=True).to(device)
+    if hooked:
+        listen(model.features.norm_final)
+    x = images(device, torch.float32)
+    plans = [model(x), model.forward_features(x)]  # each use of the block has a plan of its own
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = model(x)
+    names = {event.name for event in profile.events()}
+    assert hooked == bool(names & {"aten::adaptive_avg_pool2d", "aten::relu"})
+    torch.testing.assert_close(y, plans[0])
+    torch.testing.assert_close(y, model.classifier(plans[1].mean((2, 3))))
+
+
 def listen(module):
     module.register_forward_hook(lambda module, x, y: None)
 

@@ -72,6 +72,8 @@ struct Loops {
   void (*finalise)(Shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
                    const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
                    const acc_t<T>* slope);
+  // Adds relu(normalise(x)) to the sums.
+  void (*activations)(Shape, Matrix<const T> x, Numbers<T>, double* sum);
   // y = mean of relu(normalise(x)) over a window
   void (*pool)(Shape, Matrix<const T> x, const Window&, Matrix<T> y, Numbers<T>);
   // y = maximum of relu(normalise(x)) over a window, and where winners has data the place of the

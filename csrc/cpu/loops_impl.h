@@ -288,6 +288,20 @@ void finalise(Shape shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T
 }
 
 template <typename T>
+void activations(Shape shape, Matrix<const T> x, Numbers<T> numbers, double* sum) {
+  const bool neighbours = columns_are_neighbours(x);
+  for_each_panel<kSumming>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
+    constexpr int W = decltype(width)::value;
+    const auto strip = load_strip<W>(numbers, c);
+    auto total = load<W>(sum + c);
+    for (int64_t r = row; r < end; ++r) {
+      total += to_double<W>(relu(normalise(load<W>(at(x, r, c)), strip)));
+    }
+    store<W>(sum + c, total);
+  });
+}
+
+template <typename T>
 void pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y, Numbers<T> numbers) {
   const bool neighbours = columns_are_neighbours(x, y);
   const acc_t<T> share = acc_t<T>(1) / window.size;
@@ -365,8 +379,8 @@ void unpool(Shape shape, Matrix<const T> grad_y, Matrix<const uint8_t> winners,
 }
 
 template <typename T>
-constexpr Loops<T> kLoops = {moments<T>,  normalise<T>, accumulate<T>, gradient<T>,
-                             finalise<T>, pool<T>,      max_pool<T>,   unpool<T>};
+constexpr Loops<T> kLoops = {moments<T>,     normalise<T>, accumulate<T>, gradient<T>, finalise<T>,
+                             activations<T>, pool<T>,      max_pool<T>,   unpool<T>};
 
 constexpr AllLoops kAll = {kLoops<double>, kLoops<float>, kLoops<c10::Half>, kLoops<c10::BFloat16>};
 
