@@ -37,32 +37,7 @@ struct Call {
 
   void merge_rows() { problem.rows = geometry.merge_rows(); }
 
-  void* per_channel(const char* name, const Tensor& tensor, ScalarType dtype) const {
-    EFFICIENT_DENSENET_CHECK(
-        tensor.dim() == 1 && tensor.size(0) == problem.channels && tensor.is_contiguous(), op, name,
-        ": expected a contiguous tensor of length ", problem.channels);
-    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == dtype, op, name,
-                             ": expected float64 for mean, var and float64 features, else float32");
-    EFFICIENT_DENSENET_CHECK(tensor.device() == device, op, name,
-                             ": device differs from features[0]");
-    return tensor.data_ptr();
-  }
-
-  void* per_channel(const char* name, const std::optional<Tensor>& tensor) const {
-    return tensor.has_value() ? per_channel(name, *tensor, parameter_type(problem.element))
-                              : nullptr;
-  }
-
-  BatchNorm batch_norm(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
-                       const std::optional<Tensor>& bias, double eps) const {
-    return {static_cast<const double*>(per_channel("mean", mean, ScalarType::Double)),
-            static_cast<const double*>(per_channel("var", var, ScalarType::Double)),
-            per_channel("weight", weight), per_channel("bias", bias), eps};
-  }
-
-  Tensor new_per_channel(ScalarType dtype) const {
-    return empty({problem.channels}, dtype, device);
-  }
+  ChannelArrays arrays() const { return {op, problem.element, problem.channels, device}; }
 
   const char* op;
   Problem problem;
@@ -82,8 +57,8 @@ std::tuple<Tensor, Tensor> concat_bn_stats(const Tensors& features) {
   call.merge_rows();
   EFFICIENT_DENSENET_CHECK(call.problem.rows.count > 0, call.op,
                            "features: expected at least one element");
-  Tensor mean = call.new_per_channel(ScalarType::Double);
-  Tensor var = call.new_per_channel(ScalarType::Double);
+  Tensor mean = call.arrays().make(ScalarType::Double);
+  Tensor var = call.arrays().make(ScalarType::Double);
   const Statistics statistics{static_cast<double*>(mean.data_ptr()),
                               static_cast<double*>(var.data_ptr()), nullptr};
   call.launch(cpu::concat_bn_stats, cuda::concat_bn_stats, call.problem, statistics);
@@ -99,7 +74,7 @@ void concat_bn_relu(const Tensors& features, const Tensor& mean, const Tensor& v
   call.merge_rows();
   EFFICIENT_DENSENET_CHECK(y.size(1) == call.problem.channels, call.op, "y: expected ",
                            call.problem.channels, " channels, got ", y.size(1));
-  const BatchNorm bn = call.batch_norm(mean, var, weight, bias, eps);
+  const BatchNorm bn = call.arrays().batch_norm(mean, var, weight, bias, eps);
   if (y.numel() == 0) return;
   call.launch(cpu::concat_bn_relu, cuda::concat_bn_relu, call.problem, bn, y_view);
 }
@@ -126,10 +101,10 @@ std::tuple<Tensor, Tensor> concat_bn_relu_backward(
     call.geometry.add("grad_features", grad_features[i], &feature.grad_x);
   }
   call.merge_rows();
-  const BatchNorm bn = call.batch_norm(mean, var, weight, bias, eps);
+  const BatchNorm bn = call.arrays().batch_norm(mean, var, weight, bias, eps);
   EFFICIENT_DENSENET_CHECK(grad_y.numel() > 0, call.op, "grad_y: expected at least one element");
-  Tensor grad_weight = call.new_per_channel(parameter_type(call.problem.element));
-  Tensor grad_bias = call.new_per_channel(parameter_type(call.problem.element));
+  Tensor grad_weight = call.arrays().make_parameter();
+  Tensor grad_bias = call.arrays().make_parameter();
   gradients.grad_weight = grad_weight.data_ptr();
   gradients.grad_bias = grad_bias.data_ptr();
   call.launch(cpu::concat_bn_relu_backward, cuda::concat_bn_relu_backward, call.problem, bn,

@@ -3,6 +3,7 @@
 
 #include "bn_relu_conv1x1.h"
 #include "bn_relu_conv3x3.h"
+#include "bn_relu_max_pool.h"
 #include "checks.h"
 
 namespace efficient_densenet::cuda {
@@ -21,6 +22,10 @@ void* current_stream(int) { fail_without_cuda(); }
 void concat_bn_stats(const Problem&, const Statistics&) { fail_without_cuda(); }
 void concat_bn_relu(const Problem&, const BatchNorm&, const View&) { fail_without_cuda(); }
 void concat_bn_relu_backward(const Problem&, const BatchNorm&, const Gradients&) {
+  fail_without_cuda();
+}
+void bn_relu_max_pool(const Problem&, const BatchNorm&, const Pooled&) { fail_without_cuda(); }
+void bn_relu_max_pool_backward(const Problem&, const BatchNorm&, const Pooled&, const Gradients&) {
   fail_without_cuda();
 }
 void dense_block_accumulate(const Problem&, const BatchNorm&, const Reader&) {

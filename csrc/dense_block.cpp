@@ -37,6 +37,9 @@ constexpr int64_t kChunkBytesCuda = 32 << 20, kChunkBytesCpu = 1 << 20;
 // How the 1x1 convolutions run; numbered as in dense_block.py.
 enum class Conv1x1 : int64_t { kConvolution, kProduct, kTensorCores };
 
+// What the last reader averages; numbered as in dense_block.py.
+enum class Pool : int64_t { kNone, kWindows, kImages };
+
 // What forward and backward of a block are called with alike.
 struct Arguments {
   const char* op;
@@ -53,7 +56,7 @@ struct Arguments {
   double dropout_scale;
   Conv1x1 conv1x1;
   bool conv3x3;  // the second convolutions run on kernels of our own, too
-  bool pooling;  // the last reader averages windows of pixels
+  Pool pool;
 };
 
 class Block {
@@ -535,17 +538,19 @@ void Block::check_reader(const Tensor& y, const char* what) const {
   check(static_cast<int64_t>(arguments_.eps.size()) > 2 * layers_, arguments_,
         "eps: expected a number for the last reader's norm");
   int64_t rows = rows_;
-  if (arguments_.pooling) {
-    const Pooling sizes = pooling();
+  if (arguments_.pool != Pool::kNone) {
+    const Pooling pooling = this->pooling();
     rows = images_;
-    for (int d = 0; d < sizes.dims; ++d) rows *= sizes.sizes[d] / 2;
+    for (int d = 0; d < pooling.dims; ++d) rows *= pooling.sizes[d] / pooling.window;
   }
   check_dense(y, rows * channels_, dtype_, what);
 }
 
 Pooling Block::pooling() const {
   const Tensor& x = arguments_.features;
-  Pooling pooling{static_cast<int>(x.dim() - 2), {}, images_};
+  const int64_t pixels = rows_ / images_;
+  if (arguments_.pool == Pool::kImages) return {1, {pixels}, images_, pixels};
+  Pooling pooling{static_cast<int>(x.dim() - 2), {}, images_, 2};
   for (int d = 0; d < pooling.dims; ++d) pooling.sizes[d] = x.size(2 + d);
   return pooling;
 }
@@ -559,7 +564,7 @@ void Block::forward(const std::optional<Tensor>& y) {
   check_reader(*y, "y: expected the rows and channels of the last reader's result");
   const Norm& norm = norms_.back();
   const Matrix to{&*y, 0, channels_};
-  if (!arguments_.pooling) return normalise(norm, features_, rows_, to);
+  if (arguments_.pool == Pool::kNone) return normalise(norm, features_, rows_, to);
   Problem p = problem(features_, rows_, channels_);
   launch_(cpu::dense_block_pool, cuda::dense_block_pool, p, norm.bn, pooling(), view(to));
 }
@@ -778,7 +783,7 @@ void Block::backward(const Tensor& grad_features, const std::optional<Tensor>& g
   if (grad_y) {
     const Pooling pooling = this->pooling();
     read(state, norms_.back(), {0, rows_, true, true}, view({&*grad_y, 0, channels_}),
-         arguments_.pooling ? &pooling : nullptr);
+         arguments_.pool == Pool::kNone ? nullptr : &pooling);
     state.first_reader = false;
   }
   int64_t left = wanted;  // of grad_conv2
@@ -804,12 +809,18 @@ Conv1x1 conv1x1_of(int64_t number) {
   return static_cast<Conv1x1>(number);
 }
 
+Pool pool_of(int64_t number) {
+  EFFICIENT_DENSENET_CHECK(number >= 0 && number <= static_cast<int64_t>(Pool::kImages),
+                           "efficient_densenet", "pool: expected 0, 1 or 2, got ", number);
+  return static_cast<Pool>(number);
+}
+
 void dense_block(const Tensor& features, const std::optional<Tensor>& bottlenecks,
                  const Tensor& statistics, const Tensor& conv1, const Tensor& conv2,
                  const Tensor& affine, const std::optional<Tensor>& frozen,
                  const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                  const std::optional<Tensor>& dropout_mask, double dropout_scale, int64_t conv1x1,
-                 bool conv3x3, const std::optional<Tensor>& y, bool pooling) {
+                 bool conv3x3, const std::optional<Tensor>& y, int64_t pool) {
   const Arguments arguments{"efficient_densenet::dense_block",
                             features,
                             bottlenecks,
@@ -824,7 +835,7 @@ void dense_block(const Tensor& features, const std::optional<Tensor>& bottleneck
                             dropout_scale,
                             conv1x1_of(conv1x1),
                             conv3x3,
-                            pooling};
+                            pool_of(pool)};
   Block(arguments).forward(y);
 }
 
@@ -835,7 +846,7 @@ void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& gra
                           const std::optional<Tensor>& frozen,
                           const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                           const std::optional<Tensor>& dropout_mask, double dropout_scale,
-                          int64_t conv1x1, bool conv3x3, bool pooling, const Tensor& grad_affine,
+                          int64_t conv1x1, bool conv3x3, int64_t pool, const Tensor& grad_affine,
                           const std::optional<Tensor>& grad_conv1,
                           const std::vector<int64_t>& wants_conv1,
                           const std::optional<Tensor>& grad_conv2,
@@ -854,7 +865,7 @@ void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& gra
                             dropout_scale,
                             conv1x1_of(conv1x1),
                             conv3x3,
-                            pooling};
+                            pool_of(pool)};
   Block(arguments).backward(grad_features, grad_y, grad_x, grad_affine, grad_conv1, wants_conv1,
                             grad_conv2, wants_conv2);
 }
@@ -906,12 +917,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
       "dense_block(Tensor(a!) features, Tensor(b!)? bottlenecks, Tensor(c!) statistics, "
       "Tensor conv1, Tensor conv2, Tensor affine, Tensor? frozen, int[] frozen_norms, "
       "float[] eps, Tensor? dropout_mask, float dropout_scale, int conv1x1, bool conv3x3, "
-      "Tensor(d!)? y, bool pooling) -> ()");
+      "Tensor(d!)? y, int pool) -> ()");
   m.def(
       "dense_block_backward(Tensor? grad_y, Tensor(a!) grad_features, Tensor(b!)? grad_x, "
       "Tensor features, Tensor? bottlenecks, Tensor statistics, Tensor conv1, Tensor conv2, "
       "Tensor affine, Tensor? frozen, int[] frozen_norms, float[] eps, Tensor? dropout_mask, "
-      "float dropout_scale, int conv1x1, bool conv3x3, bool pooling, Tensor(c!) grad_affine, "
+      "float dropout_scale, int conv1x1, bool conv3x3, int pool, Tensor(c!) grad_affine, "
       "Tensor(d!)? grad_conv1, int[] wants_conv1, Tensor(e!)? grad_conv2, int[] wants_conv2) "
       "-> ()");
   m.def(

@@ -21,12 +21,15 @@
 
 namespace efficient_densenet {
 
-// Average pooling with window and stride 2 in each of `dims` dimensions; what does not fill a
+// Average pooling with this window and stride in each of `dims` dimensions; what does not fill a
 // window at the end of a dimension is dropped. Rows are pixels of `images` images of these sizes.
 struct Pooling {
   int dims;
   int64_t sizes[kMaxRowDims - 1];
   int64_t images;
+  int64_t window;  // 2; or all pixels of an image, which then is one line of a single dimension
+
+  bool of_images() const { return dims == 1 && window == sizes[0]; }
 };
 
 // S1 and S2 of each channel of the block, [C_total].

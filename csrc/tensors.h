@@ -49,6 +49,39 @@ inline bool same_rows(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Of a call's arrays [C], one number per channel: checks, pointers, new ones.
+struct ChannelArrays {
+  const char* op;
+  Element element;  // of the features
+  int64_t channels;
+  Device device;
+
+  void* pointer(const char* name, const Tensor& tensor, ScalarType dtype) const {
+    EFFICIENT_DENSENET_CHECK(
+        tensor.dim() == 1 && tensor.size(0) == channels && tensor.is_contiguous(), op, name,
+        ": expected a contiguous tensor of length ", channels);
+    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == dtype, op, name,
+                             ": expected float64 for mean, var and float64 features, else float32");
+    EFFICIENT_DENSENET_CHECK(tensor.device() == device, op, name,
+                             ": device differs from that of the features");
+    return tensor.data_ptr();
+  }
+
+  void* parameter(const char* name, const std::optional<Tensor>& tensor) const {
+    return tensor.has_value() ? pointer(name, *tensor, parameter_type(element)) : nullptr;
+  }
+
+  BatchNorm batch_norm(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+                       const std::optional<Tensor>& bias, double eps) const {
+    return {static_cast<const double*>(pointer("mean", mean, ScalarType::Double)),
+            static_cast<const double*>(pointer("var", var, ScalarType::Double)),
+            parameter("weight", weight), parameter("bias", bias), eps};
+  }
+
+  Tensor make(ScalarType dtype) const { return empty({channels}, dtype, device); }
+  Tensor make_parameter() const { return make(parameter_type(element)); }
+};
+
 // Adds the tensors of a call one after the other, then merges the row dimensions of all.
 class Geometry {
  public:

@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from ._extension import build_info  # first: it loads the operators
 from .batch_norm import BatchNorm
+from .bn_relu_max_pool import bn_relu_max_pool
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .convert import convert, revert
 from .dense_block import DenseLayer, dense_block
@@ -29,6 +30,7 @@ __all__ = [
     "DenseLayer",
     "DenseNet",
     "SharedStorage",
+    "bn_relu_max_pool",
     "build_info",
     "concat_bn_relu",
     "convert",

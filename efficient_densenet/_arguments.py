@@ -144,6 +144,22 @@ def check_more_than_one_value(first: Tensor, channels: int) -> None:
         )
 
 
+def check_pooling_arguments(x: Tensor, norm: BatchNorm) -> torch.dtype:
+    """The dtype of a max-pooled batch norm of x, or an error that names the wrong argument."""
+    check_tensor("x", x)
+    _check_images("x", x, fewest_spatial_dims=1)
+    if x.shape[1:].numel() == 0:
+        raise ValueError(f"x: expected channels and pixels, got shape {list(x.shape)}")
+    _check_dtype("x", x)
+    if not isinstance(norm, BatchNorm):
+        raise TypeError(f"norm: expected a BatchNorm, got {_type(norm)}")
+    dtype = computed_dtype(x)
+    _check_norm("norm", norm, x.size(1), x, dtype)
+    if norm.training:
+        check_more_than_one_value(x, x.size(1))
+    return dtype
+
+
 def check_block_arguments(
     x: Tensor,
     layers: Sequence[DenseLayer],

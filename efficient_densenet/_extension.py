@@ -77,6 +77,7 @@ for _name in (
     "bn_relu_conv1x1_backward",
     "bn_relu_conv3x3",
     "bn_relu_conv3x3_backward",
+    "bn_relu_max_pool",
     "concat_bn_relu",
     "dense_block",
     "dense_block_backward",

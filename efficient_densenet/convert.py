@@ -28,19 +28,20 @@ from torch import Tensor, nn
 from . import functional
 from ._arguments import RECOMPUTE, computed_dtype
 from .batch_norm import BatchNorm
-from .dense_block import DenseLayer, Plan
+from .dense_block import DenseLayer, Plan, Pool
 from .densenet import (
     _BATCH_NORMS,
     _batch_norm,
     _check_choice,
-    _fused_bn_relu,
     _in_format,
     _layer_tensors,
     _Plans,
     _State,
+    _stem_norm_relu,
     _why_called,
     _why_not_convolution,
     _why_not_halving,
+    _why_not_max_pool,
 )
 from .layout import block_is_channels_last
 
@@ -362,11 +363,12 @@ class _ConvertedBlock(_Converted):
         tensors, drop_rate = self._tensors()
         norm: BatchNorm | None = None if reader is None else _batch_norm(reader.norm)
         recompute = self._efficient_densenet.recompute
-        return Plan(x, tensors, drop_rate, recompute, norm, pool=norm is not None)
+        pool = Pool.NONE if reader is None else Pool.WINDOWS
+        return Plan(x, tensors, drop_rate, recompute, norm, pool)
 
 
 class _ConvertedSequential(_Converted):
-    """Runs a block and the transition behind it as one, and does not keep the stem's BN-ReLU."""
+    """Runs a block and the transition behind it as one, and so the stem's norm, ReLU and pool."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_traced(x):
@@ -383,7 +385,10 @@ class _ConvertedSequential(_Converted):
                     continue
             elif len(modules) > 1 and _is_norm_relu(module, following, x):
                 modules.pop(0)
-                x = _fused_bn_relu(module, modules.pop(0), [x])
+                x = _stem_norm_relu(module, modules.pop(0), x)
+                continue
+            elif _is_norm_pool(module, following, x):
+                x = _stem_norm_relu(module, modules.pop(0), x)
                 continue
             x = module(x)
         return x
@@ -391,6 +396,12 @@ class _ConvertedSequential(_Converted):
 
 def _is_norm_relu(norm: nn.Module, relu: nn.Module | None, x: Tensor) -> bool:
     return x.is_floating_point() and relu is not None and _why_not_norm(norm, relu) is None
+
+
+def _is_norm_pool(norm: nn.Module, pool: nn.Module | None, x: Tensor) -> bool:
+    """timm's stem, whose ReLU is inside the norm."""
+    is_norm = x.is_floating_point() and _why_not_norm(norm, None) is None
+    return is_norm and _why_not_max_pool(pool, x) is None
 
 
 def _in_plain_format(plan: Plan, x: Tensor, result: Tensor) -> Tensor:
@@ -434,8 +445,8 @@ def convert(
     of efficient_densenet_pytorch, alone or anywhere inside a model. Parameters, buffers, names and
     results stay; running statistics are updated exactly once per step, also where the library's
     own checkpointing is on, which is then not used. A transition behind a block runs together with
-    it, and the stem's batch norm and ReLU are not kept. Converting again changes nothing but
-    ``recompute``. Each block is logged (logger ``efficient_densenet``, level INFO).
+    it, and the stem's batch norm, ReLU and max pooling are one operator. Converting again changes
+    nothing but ``recompute``. Each block is logged (logger ``efficient_densenet``, level INFO).
 
     A block's output is channels-last and is itself kept for the backward pass; where the next
     module of a ``nn.Sequential`` works in place, that gets a copy. ``torch.compile`` sees a block

@@ -11,6 +11,7 @@ module adds autograd, autocast and the packing of weights.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -97,6 +98,20 @@ def statistics_begins(layers: Sequence[DenseLayer]) -> list[int]:
     return [0] * len(layers) + [channels + i * bottleneck for i in range(len(layers))]
 
 
+class Pool(enum.IntEnum):
+    """What the last reader averages; numbered as in csrc/dense_block.cpp."""
+
+    NONE = 0
+    WINDOWS = 1  # of 2, with stride 2, in every spatial dimension
+    IMAGES = 2  # all pixels of an image
+
+    def sizes(self, spatial: Sequence[int]) -> list[int]:
+        """Spatial sizes of the result."""
+        if self == Pool.IMAGES:
+            return [1] * len(spatial)
+        return [size // 2 if self == Pool.WINDOWS else size for size in spatial]
+
+
 class Plan:
     """A dense block, and its last reader where one is given, ready to run on inputs like ``x``.
 
@@ -106,7 +121,7 @@ class Plan:
         reader: the result is ``relu(batch_norm(features, reader))``, and the features are kept
             inside. The reader shares the statistics and the gradient buffer of the block. The
             result is channels-last.
-        pool: average the result over windows of 2 with stride 2 in every spatial dimension.
+        pool: average the result.
     """
 
     def __init__(
@@ -116,7 +131,7 @@ class Plan:
         drop_rate: float = 0.0,
         recompute: str = "bottleneck",
         reader: BatchNorm | None = None,
-        pool: bool = False,
+        pool: Pool = Pool.NONE,
     ) -> None:
         self.dtype = check_block_arguments(x, layers, drop_rate, recompute, reader)
         self.layers = tuple(layers)
@@ -221,8 +236,7 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
     features = _new_features(plan, sizes, x)
     result = features
     if plan.reads:
-        pooled = [size // 2 for size in sizes[2:]] if plan.pool else sizes[2:]
-        result = _new_channels_last((*sizes[:2], *pooled), features)
+        result = _new_channels_last((*sizes[:2], *plan.pool.sizes(sizes[2:])), features)
     features[:, : x.size(1)].copy_(x)
     rows = x.numel() // x.size(1)
     if rows == 0:
@@ -402,7 +416,8 @@ def _new_channels_last(
 
 def _in_channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     strides = dense_strides(x.shape, channels_last=True)
-    if x.dtype == dtype and x.stride() == tuple(strides):
+    fits = all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True))
+    if x.dtype == dtype and fits:
         return x
     return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device).copy_(x)
 

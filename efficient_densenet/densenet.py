@@ -24,8 +24,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import functional
 from ._arguments import RECOMPUTE, check_tensor, computed_dtype
 from .batch_norm import BatchNorm
+from .bn_relu_max_pool import bn_relu_max_pool
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
-from .dense_block import DenseLayer, Plan
+from .dense_block import DenseLayer, Plan, Pool
 from .layout import block_is_channels_last, convolution_is_channels_last
 from .storage import SharedStorage
 
@@ -105,6 +106,17 @@ def _why_not_halving(pool: Any, x: Tensor) -> str | None:
     return None
 
 
+def _why_not_max_pool(pool: Any, x: Tensor) -> str | None:
+    """Maxima over windows of 3 with stride 2 and padding 1."""
+    why = _why_called(pool, *_MAX_POOLS.values())
+    if why is not None:
+        return f"pool {why}"
+    numbers = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    if type(pool) is not _MAX_POOLS.get(x.dim() - 2) or pool.ceil_mode or pool.return_indices:
+        return "pool is for other inputs, or returns something else"
+    return None if [_size(size) for size in numbers] == [3, 2, 1, 1] else "pool has other windows"
+
+
 # ------------------------------------------------------------------------------------------------
 # Fused pieces
 
@@ -160,6 +172,15 @@ def _fused_bn_relu(
         bn.num_batches_tracked.add_(1)
     with recompute_in_backward(y):
         return consumer(y)
+
+
+def _stem_norm_relu(norm: nn.Module, consumer: nn.Module, x: Tensor) -> Tensor:
+    """``consumer(relu(norm(x)))``: as one with the stem's max pooling, or any other consumer."""
+    pools = _why_not_max_pool(consumer, x) is None
+    y: Tensor = (
+        bn_relu_max_pool(x, _batch_norm(norm)) if pools else _fused_bn_relu(norm, consumer, [x])
+    )
+    return y
 
 
 class _DenseLayer(nn.Module):
@@ -279,18 +300,18 @@ class _State:
 
 
 class _Plans:
-    """The last plan of a block alone and with a reader, each with what it depends on.
+    """The last plan of a block for every use of it (alone, with a reader), with what it depends on.
 
     Copies and pickles are empty.
     """
 
     def __init__(self) -> None:
-        self._last: dict[bool, tuple[_State, Plan | None]] = {}
+        self._last: dict[object, tuple[_State, Plan | None]] = {}
 
-    def get(self, alone: bool, state: _State, make: Callable[[], Plan | None]) -> Plan | None:
-        last = self._last.get(alone)
+    def get(self, use: object, state: _State, make: Callable[[], Plan | None]) -> Plan | None:
+        last = self._last.get(use)
         if last is None or not state.is_as(last[0]):
-            self._last[alone] = last = state, make()
+            self._last[use] = last = state, make()
         return last[1]
 
     def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
@@ -377,16 +398,20 @@ class DenseBlock(nn.Module):
         return [_layer_tensors(layer) for layer in layers], drop_rate
 
     @torch.compiler.disable
-    def plan(self, x: Tensor, reader: nn.Module | None = None) -> Plan | None:
+    def plan(
+        self, x: Tensor, reader: nn.Module | None = None, averages: bool = False
+    ) -> Plan | None:
         """How to run as one operator on ``x``, with the module that reads it; None for not so.
 
+        With ``averages``, the result of a reader that is a norm is averaged over each image.
         Looking at every module of a block costs as much as running it, so plans are kept for as
         long as nothing has changed.
         """
         state = _State(x, self, reader)
-        return self._plans.get(reader is None, state, lambda: self._new_plan(x, reader))
+        use = reader is None, averages
+        return self._plans.get(use, state, lambda: self._new_plan(x, reader, averages))
 
-    def _new_plan(self, x: Tensor, reader: Any) -> Plan | None:
+    def _new_plan(self, x: Tensor, reader: Any, averages: bool) -> Plan | None:
         if self.why_not_fused(x) is not None:
             return None
         norm = reader.norm if type(reader) is _Transition else reader
@@ -398,7 +423,10 @@ class DenseBlock(nn.Module):
                 return None
         tensors, drop_rate = self._tensors()
         bn = None if norm is None else _batch_norm(norm)
-        return Plan(x, tensors, drop_rate, self.recompute, bn, pool=norm is not reader)
+        pool = Pool.IMAGES if averages else Pool.NONE
+        if norm is not reader:
+            pool = Pool.WINDOWS
+        return Plan(x, tensors, drop_rate, self.recompute, bn, pool)
 
     def is_plainly_channels_last(self, x: Tensor) -> bool:
         """Whether the output would be channels-last with ``efficient=False``."""
@@ -600,8 +628,7 @@ class DenseNet(nn.Module):
         self.classifier = classifier.to(like.device, like.dtype).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = _GLOBAL_POOLS[self.spatial_dims](self.forward_features(x), 1).flatten(1)
-        logits: Tensor = self.classifier(pooled)
+        logits: Tensor = self.classifier(self._last_features(x, averages=True).flatten(1))
         return logits
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -617,11 +644,19 @@ class DenseNet(nn.Module):
         Raises:
             ValueError: ``x`` has another number of dimensions.
         """
+        return self._last_features(x, averages=False)
+
+    def _last_features(self, x: Tensor, averages: bool) -> Tensor:
+        """As :meth:`forward_features`, or its average over each image."""
         _check_spatial_dims(x, self.spatial_dims)
         fuses = self.efficient and not torch.compiler.is_compiling()
-        if not fuses or _why_called(self.features, nn.Sequential) is not None:
-            return F.relu(self.features(x))
-        return self._run(x)
+        if fuses and _why_called(self.features, nn.Sequential) is None:
+            return self._run(x, averages=averages)
+        return self._activate(self.features(x), averages)
+
+    def _activate(self, x: Tensor, averages: bool) -> Tensor:
+        y = F.relu(x)
+        return _GLOBAL_POOLS[self.spatial_dims](y, 1) if averages else y
 
     def forward_intermediates(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last feature map, and a list of one map of every resolution, finest first.
@@ -648,8 +683,11 @@ class DenseNet(nn.Module):
         last = self._run(x, intermediates)
         return last, [*intermediates, last]
 
-    def _run(self, x: Tensor, intermediates: list[Tensor] | None = None) -> Tensor:
-        """``relu(self.features(x))``; appends what is read by something that pools.
+    def _run(
+        self, x: Tensor, intermediates: list[Tensor] | None = None, averages: bool = False
+    ) -> Tensor:
+        """``relu(self.features(x))``, or its average over each image; appends what is read by
+        something that pools.
 
         A module and its last reader are one operator where nobody asks for what is between them.
         """
@@ -660,7 +698,9 @@ class DenseNet(nn.Module):
             module = modules.popleft()
             if isinstance(module, DenseBlock):
                 channels_last = restores and module.is_plainly_channels_last(x)
-                plan = module.plan(x, modules[0]) if fuses and _may_read_fused(modules) else None
+                plan = None
+                if fuses and _may_read_fused(modules):
+                    plan = module.plan(x, modules[0], averages and len(modules) == 1)
                 if plan is None:
                     y = module(x)
                 else:
@@ -675,12 +715,12 @@ class DenseNet(nn.Module):
                 x = _in_format(y, channels_last) if restores else y
             elif fuses and len(modules) > 1 and _why_not_norm_relu(module, modules[0]) is None:
                 modules.popleft()  # the stem's
-                x = _fused_bn_relu(module, modules.popleft(), [x])
+                x = _stem_norm_relu(module, modules.popleft(), x)
             else:
                 x = module(x)
             if intermediates is not None and modules and isinstance(modules[0], _POOLING):
                 intermediates.append(x)
-        return F.relu(x)
+        return self._activate(x, averages)
 
 
 def _in_format(x: Tensor, channels_last: bool) -> Tensor:

@@ -56,6 +56,15 @@ def plain_batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
     )
 
 
+def cast_norm(norm: BatchNorm, dtype: torch.dtype) -> BatchNorm:
+    """All but its count; numbers that a batch moves are copies."""
+    fields = ("running_mean", "running_var", "weight", "bias")
+    tensors = {name: getattr(norm, name) for name in fields}
+    return norm._replace(
+        **{n: None if t is None else t.detach().clone().to(dtype) for n, t in tensors.items()}
+    )
+
+
 def plain_dense_block(
     x: Tensor,
     layers: Sequence[DenseLayer],
@@ -272,7 +281,7 @@ def clear_of_kinks(problem: BlockProblem, distance: float) -> None:
 
     def batch_norm(x: Tensor, _: BatchNorm) -> Tensor:
         norm, ours = next(pairs)
-        shift = _shift_to_a_gap(plain_batch_norm(x, norm), distance)
+        shift = shift_to_a_gap(plain_batch_norm(x, norm), distance)
         if norm.bias is not None:
             ours.bias.copy_(norm.bias + shift)
             norm.bias.copy_(ours.bias)  # rounded
@@ -298,7 +307,7 @@ def clear_model_of_kinks(model: nn.Module, x: Tensor, distance: float) -> None:
     def before(norm: Any, ours: Any) -> Callable[..., None]:
         def set_bias(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             z = F.batch_norm(inputs[0], None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
-            ours.bias.copy_(norm.bias + _shift_to_a_gap(z, distance))
+            ours.bias.copy_(norm.bias + shift_to_a_gap(z, distance))
             norm.bias.copy_(ours.bias)  # rounded
 
         return set_bias
@@ -309,7 +318,7 @@ def clear_model_of_kinks(model: nn.Module, x: Tensor, distance: float) -> None:
     exact.train()(x.double())
 
 
-def _shift_to_a_gap(z: Tensor, distance: float) -> Tensor:
+def shift_to_a_gap(z: Tensor, distance: float) -> Tensor:
     """What to add per channel so that 0 lies in the widest gap between the middle values of z.
 
     Where that is narrower than `distance` to both sides, the channel opens or, one in four, closes.

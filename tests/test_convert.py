@@ -23,8 +23,10 @@ from efficient_densenet import (
     DenseBlock,
     DenseNet,
     SharedStorage,
+    bn_relu_max_pool,
     concat_bn_relu,
     convert,
+    densenet,
     explain,
     revert,
 )
@@ -213,6 +215,20 @@ def test_training_and_evaluation(device, name, recompute):
     assert_same(train(model, x), expected)
     assert_same({"y": model.eval()(x)}, {"y": plain.eval()(x)})
     assert all(report.path.startswith("matrix products") for report in explain(model, x))
+
+
+@by_model
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_stem_is_one_operator(name, hooked, monkeypatch):
+    model, x = convert(build(name)), images(name)
+    stems = []
+    monkeypatch.setattr(
+        densenet, "bn_relu_max_pool", lambda *args: stems.append(0) or bn_relu_max_pool(*args)
+    )
+    if hooked:
+        model.get_submodule("features.pool0").register_forward_hook(lambda module, x, y: None)
+    model(x)
+    assert len(stems) == (0 if hooked else 1)
 
 
 @BOTH

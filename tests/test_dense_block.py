@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,17 +25,22 @@ from block_reference import (
     RECOMPUTE,
     assert_block_matches,
     block_errors,
+    cast_norm,
     make_block_problem,
     map_tensors,
+    plain_batch_norm,
     plain_dense_block,
     run,
+    shift_to_a_gap,
 )
-from efficient_densenet import DenseBlock, dense_block
+from efficient_densenet import BatchNorm, DenseBlock, dense_block
+from efficient_densenet.dense_block import Plan, Pool
 from reference import (
     DTYPES,
     FORMATS,
     assert_error_ratio,
     assert_error_rule,
+    compare,
     kept_bytes,
     relative_error,
     requires_cuda,
@@ -125,6 +131,78 @@ SIZES = {
 def test_sizes(device, dtype, sizes, memory_format, recompute):
     settings = dict(dtype=dtype, device=device, memory_format=memory_format)
     assert_block_matches(make_block_problem(**settings, **SIZES[sizes]), recompute=recompute)
+
+
+# The last reader
+
+
+def plain_reader(x, layers, norm, pool):
+    y = F.relu(plain_batch_norm(plain_dense_block(x, layers), norm))
+    spatial = range(2, x.dim())
+    if pool == Pool.WINDOWS:  # F.avg_pool3d has no 16-bit types on the CPU
+        for d in spatial:
+            y = y.unfold(d, 2, 2)
+        return y.flatten(x.dim()).mean(-1)
+    return y.mean(list(spatial), keepdim=True) if pool == Pool.IMAGES else y
+
+
+def fused_reader(x, layers, norm, pool):
+    return Plan(x, layers, reader=norm, pool=pool).run(x)
+
+
+def read(operator, problem, norm, pool):
+    """Result, gradients and new statistics of a block with its last reader, by name."""
+    p, generator = problem.fresh(), torch.Generator().manual_seed(1)
+    statistics = {n: getattr(norm, n).clone() for n in ("running_mean", "running_var")}
+    leaves = {n: getattr(norm, n).detach().requires_grad_() for n in ("weight", "bias")}
+    y = operator(p.x, p.layers, norm._replace(**statistics, **leaves), pool)
+    grad_y = torch.randn(y.shape, generator=generator).to(y)
+    inputs = {**p.inputs(), **leaves}
+    gradients = torch.autograd.grad(y, list(inputs.values()), grad_y)
+    named = {f"grad {name}": g for name, g in zip(inputs, gradients, strict=True)}
+    return {"y": y.detach(), **named, **statistics, **p.statistics()}
+
+
+def make_reader(problem, training):
+    """A norm over all channels, without kinks."""
+    exact = problem.to(torch.float64).fresh()
+    z = plain_dense_block(exact.x, exact.layers).detach()
+    channels = torch.arange(z.size(1), device=z.device)
+    ones = torch.ones_like(channels, dtype=torch.float64)
+    norm = BatchNorm(0.1 * ones, 2 * ones, 1 + 0.1 * torch.sin(channels), 0 * ones, training)
+
+    running = dict.fromkeys(("running_mean", "running_var")) if training else {}
+    norm = cast_norm(norm, problem.x.dtype)
+    z = plain_batch_norm(z, cast_norm(norm, torch.float64)._replace(**running))
+    eps = torch.finfo(problem.x.dtype).eps
+    return norm._replace(bias=shift_to_a_gap(z, max(4 * eps, 1e-5)).to(norm.bias))
+
+
+def assert_reader_matches(problem, pool, training=True):
+    norm = make_reader(problem, training)
+    ours, torchs = (read(f, problem, norm, pool) for f in (fused_reader, plain_reader))
+    wide = problem.to(torch.float64), cast_norm(norm, torch.float64)
+    assert_error_rule(compare(ours, torchs, read(plain_reader, *wide, pool)), problem.x.dtype)
+    assert_same(read(fused_reader, problem, norm, pool), ours)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pool", Pool)
+@pytest.mark.parametrize(
+    "shape", [(4, 15), (3, 4, 6), (3, 5, 7), (2, 3, 4, 5), (40, 1, 1), (1, 33, 70)], ids=str
+)
+@by_dtype()
+def test_reader(device, dtype, shape, pool, training):
+    if pool == Pool.WINDOWS and min(shape[1:]) < 2:
+        pytest.skip("nothing to pool")
+    assert_reader_matches(make_block_problem(shape, dtype, device), pool, training)
+
+
+@pytest.mark.parametrize("shape", [(3, 300, 41), (1, 31, 33, 32)], ids=str)
+@by_dtype(torch.float64, torch.float32, torch.bfloat16)
+def test_averages_of_large_images(device, dtype, shape, all_threads):
+    problem = make_block_problem(shape, dtype, device, num_layers=1, channels=125)
+    assert_reader_matches(problem, Pool.IMAGES)
 
 
 MANY = (3, 150, 101)  # with 200 channels of 4 bytes: more than the scratch of a chunk

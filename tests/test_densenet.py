@@ -245,6 +245,7 @@ def test_readers_and_stem_keep_no_activations(device):
     kept = kept_shapes(model, images(device, torch.float32, size=64))
     n, pooled = 4, 16  # images; pixels a side behind the stem
     assert kept.count((n, 8, 2 * pooled, 2 * pooled)) == 1  # conv0's result, and not norm0's
+    assert kept.count((n, 8, pooled, pooled)) == 1  # which pixel won, a byte each
     for channels, next_channels in ((8 + 3 * 4, 10), (10 + 2 * 4, 9)):
         assert kept.count((n, channels, pooled, pooled)) == 1  # the block's features
         pooled //= 2
@@ -261,7 +262,7 @@ def calls(model, x):
     return {
         name: names.count(f"efficient_densenet::{name}")
         for name in ("dense_block", "dense_block_backward", "update_running_statistics")
-        + ("concat_bn_relu",)
+        + ("concat_bn_relu", "bn_relu_max_pool")
     }
 
 
@@ -272,6 +273,7 @@ def test_one_call_per_block(device):
         "dense_block_backward": 3,
         "update_running_statistics": 3,
         "concat_bn_relu": 0,
+        "bn_relu_max_pool": 0,
     }
 
 
@@ -528,6 +530,51 @@ def test_hooks_on_blocks_and_readers_are_called(device, name):
         module.register_full_backward_hook(lambda module, *grads: shapes.append(grads[1][0].shape))
     assert_same_training(plain, efficient, steps=2, device=device)
     assert len(shapes) == 8 and shapes[:4] == shapes[4:]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_head_averages_in_the_last_block(device, hooked):
+    model = DenseNet(**SMALL, efficient=True).to(device)
+    if hooked:
+        listen(model.features.norm_final)
+    x = images(device, torch.float32)
+    plans = [model(x), model.forward_features(x)]  # each use of the block has a plan of its own
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = model(x)
+    names = {event.name for event in profile.events()}
+    assert hooked == bool(names & {"aten::adaptive_avg_pool2d", "aten::relu"})
+    torch.testing.assert_close(y, plans[0])
+    torch.testing.assert_close(y, model.classifier(plans[1].mean((2, 3))))
+
+
+def listen(module):
+    module.register_forward_hook(lambda module, x, y: None)
+
+
+STEMS = {
+    "as it is": (lambda stem: None, "bn_relu_max_pool"),
+    "hook on pool0": (lambda stem: listen(stem.pool0), "concat_bn_relu"),
+    "ceil_mode": (lambda stem: setattr(stem.pool0, "ceil_mode", True), "concat_bn_relu"),
+    "other windows": (lambda stem: setattr(stem, "pool0", nn.MaxPool2d(2)), "concat_bn_relu"),
+    "average": (lambda stem: setattr(stem, "pool0", nn.AvgPool2d(3, 2, 1)), "concat_bn_relu"),
+    "hook on norm0": (lambda stem: listen(stem.norm0), None),
+    "hook on relu0": (lambda stem: listen(stem.relu0), None),
+    "activation": (lambda stem: setattr(stem, "relu0", nn.LeakyReLU()), None),
+}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_stem(device, stem):
+    change, operator = STEMS[stem]
+    models = pair(device, small_inputs=False)
+    for model in models:
+        change(model.features)
+    x = images(device, size=32)
+    found = calls(models[1], x)
+    for name in ("bn_relu_max_pool", "concat_bn_relu"):
+        assert (found[name] > 0) == (name == operator), name
+    models[0](x)  # running statistics move here, too
+    assert_same_training(*models, device=device, size=32)
 
 
 @pytest.mark.parametrize("name", ["norm1", "relu1", "conv1", "norm2", "relu2", "conv2"])

@@ -2,7 +2,8 @@
 //
 // Tiling: rows.h, channels inner. With pooling, the pixels of a line (the last dimension) that have
 // the same place in their windows form a matrix: every second row of the line. Its parents, one
-// each, are a line of the pooled tensor.
+// each, are a line of the pooled tensor. Of averages of whole images, threads share the images and
+// columns forward, and the rows backward, where all rows of an image have one parent.
 // Bytes, per element of x:
 //   accumulate  x and grad_y read once, G read (but by the first reader) and written once
 //   finalise    x and G read once, grad_x written once
@@ -108,6 +109,63 @@ std::vector<double> accumulate_pooled(const Problem& problem, const Channels<T>&
   return sums;
 }
 
+// The same for the mean over an image: a line of grad_y that all of its rows read.
+template <typename T>
+std::vector<double> accumulate_averaged(const Problem& problem, const Channels<T>& channels,
+                                        const Reader& reader) {
+  const int64_t pixels = reader.pooling->window;
+  const Write mode = reader.first_reader ? Write::kAssign : Write::kAdd;
+  const double share = 1 / static_cast<double>(pixels);
+  std::vector<acc_t<T>> factor(channels.scale);
+  for (acc_t<T>& value : factor) value *= static_cast<acc_t<T>>(share);
+
+  const auto chunk = [&](int64_t begin, int64_t end, double* sums) {
+    while (begin < end) {
+      const int64_t image = begin / pixels, stop = std::min(end, (image + 1) * pixels);
+      loops<T>().accumulate(
+          {stop - begin, problem.channels}, matrix<const T>(problem.features[0].x, begin),
+          matrix<const T>(reader.grad_y, image, 0), matrix<acc_t<T>>(reader.grad_features, begin),
+          mode, channels.at(0), factor.data(), sums, sums + problem.channels);
+      begin = stop;
+    }
+  };
+  std::vector<double> sums =
+      sums_in_parallel(problem.channels, problem.rows.count, kChunkRows, chunk);
+  for (double& sum : sums) sum *= share;
+  return sums;
+}
+
+template <typename T>
+std::vector<double> accumulate_any(const Problem& problem, const Channels<T>& channels,
+                                   const Reader& reader) {
+  if (reader.pooling == nullptr) return accumulate(problem, channels, reader);
+  if (reader.pooling->of_images()) return accumulate_averaged(problem, channels, reader);
+  return accumulate_pooled(problem, channels, reader);
+}
+
+// y = mean of relu(bn(x)) over each image
+template <typename T>
+void average_images(const Problem& problem, const Channels<T>& channels, const Pooling& pooling,
+                    const View& y) {
+  constexpr int64_t kColumns = 64;  // of an item of work
+  const int64_t pixels = pooling.window, columns = problem.channels;
+  const int64_t parts = (columns + kColumns - 1) / kColumns;
+  in_parallel(pooling.images * parts, pixels * kColumns, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t image = item / parts, column = item % parts * kColumns;
+      const int64_t count = std::min(kColumns, columns - column);
+      double sums[kColumns] = {};
+      Matrix<const T> x = matrix<const T>(problem.features[0].x, image * pixels);
+      x.data += column;
+      loops<T>().activations({pixels, count}, x, channels.at(column), sums);
+      T* const to = matrix<T>(y, image).data + column;
+      for (int64_t c = 0; c < count; ++c) {
+        to[c] = static_cast<T>(static_cast<acc_t<T>>(sums[c] / static_cast<double>(pixels)));
+      }
+    }
+  });
+}
+
 template <typename T>
 void update_average(void* running, int64_t channel, double factor, double value) {
   T& average = static_cast<T*>(running)[channel];
@@ -120,9 +178,7 @@ void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const R
   dispatch(problem.element, [&](auto element) {
     using T = decltype(element);
     const Channels<T> channels(bn, problem.channels, Walk(problem).repeat());
-    const std::vector<double> sums = reader.pooling == nullptr
-                                         ? accumulate(problem, channels, reader)
-                                         : accumulate_pooled(problem, channels, reader);
+    const std::vector<double> sums = accumulate_any(problem, channels, reader);
     for (size_t i = 0; i < sums.size(); ++i) {
       reader.sums[i] = (reader.first_chunk ? 0 : reader.sums[i]) + sums[i];
     }
@@ -160,11 +216,13 @@ void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling
   dispatch(problem.element, [&](auto element) {
     using T = decltype(element);
     const Channels<T> channels(bn, problem.channels, 1);
+    if (pooling.of_images()) return average_images(problem, channels, pooling, y);
     const View& x = problem.features[0].x;
     const int64_t width = line_width(pooling), pooled_width = width / 2;
 
     // Corner `i` of a window is one pixel further in the dimensions whose bits are set in `i`.
-    Window window{{}, 1 << pooling.dims};
+    Window window{};
+    window.size = 1 << pooling.dims;
     int64_t pooled_lines = pooling.images, stride = x.row_strides[0];
     for (int d = pooling.dims - 1, bit = 1; d >= 0; --d, bit *= 2) {
       for (int i = 0; i < bit; ++i) window.offsets[bit + i] = window.offsets[i] + stride;

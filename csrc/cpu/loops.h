@@ -42,10 +42,17 @@ struct Numbers {
 
 enum class Write { kNothing, kAssign, kAdd };
 
-// Pixels of a pooling window, as offsets of elements from the first one.
+// Pixels of a pooling window, or windows of a pixel, as offsets of elements from one of them. For
+// max pooling, the place of the pixel in the window.
 struct Window {
-  int64_t offsets[8];
+  int64_t offsets[27];
+  uint8_t places[27];
   int size;
+
+  void add(int64_t offset, int place) {
+    offsets[size] = offset;
+    places[size++] = static_cast<uint8_t>(place);
+  }
 };
 
 template <typename T>
@@ -65,8 +72,17 @@ struct Loops {
   void (*finalise)(Shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
                    const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
                    const acc_t<T>* slope);
+  // Adds relu(normalise(x)) to the sums.
+  void (*activations)(Shape, Matrix<const T> x, Numbers<T>, double* sum);
   // y = mean of relu(normalise(x)) over a window
   void (*pool)(Shape, Matrix<const T> x, const Window&, Matrix<T> y, Numbers<T>);
+  // y = maximum of relu(normalise(x)) over a window, and where winners has data the place of the
+  // first pixel that has it
+  void (*max_pool)(Shape, Matrix<const T> x, const Window&, Matrix<T> y, Matrix<uint8_t> winners,
+                   Numbers<T>);
+  // grad_x = sum of grad_y over the windows of a pixel that it won
+  void (*unpool)(Shape, Matrix<const T> grad_y, Matrix<const uint8_t> winners, const Window&,
+                 Matrix<T> grad_x);
 };
 
 struct AllLoops {

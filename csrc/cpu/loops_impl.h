@@ -288,6 +288,20 @@ void finalise(Shape shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T
 }
 
 template <typename T>
+void activations(Shape shape, Matrix<const T> x, Numbers<T> numbers, double* sum) {
+  const bool neighbours = columns_are_neighbours(x);
+  for_each_panel<kSumming>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
+    constexpr int W = decltype(width)::value;
+    const auto strip = load_strip<W>(numbers, c);
+    auto total = load<W>(sum + c);
+    for (int64_t r = row; r < end; ++r) {
+      total += to_double<W>(relu(normalise(load<W>(at(x, r, c)), strip)));
+    }
+    store<W>(sum + c, total);
+  });
+}
+
+template <typename T>
 void pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y, Numbers<T> numbers) {
   const bool neighbours = columns_are_neighbours(x, y);
   const acc_t<T> share = acc_t<T>(1) / window.size;
@@ -305,9 +319,68 @@ void pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y, Num
   });
 }
 
+// As integers of the width of acc_t<T>, which comparisons of acc_t<T> give.
+template <typename T, int W>
+using Places = decltype(Vector<acc_t<T>, W>{} < Vector<acc_t<T>, W>{});
+
+// The values as T stores them.
+template <typename T, int W>
+EFFICIENT_DENSENET_INLINE Vector<acc_t<T>, W> rounded(const Vector<acc_t<T>, W>& values) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) return values;
+  T memory[W];
+  store<W>(memory, values);
+  return load<W>(memory);
+}
+
+// The maximum begins at the 0 of the ReLU, so only what is larger replaces it; and NaN, as in
+// torch.
 template <typename T>
-constexpr Loops<T> kLoops = {moments<T>,  normalise<T>, accumulate<T>,
-                             gradient<T>, finalise<T>,  pool<T>};
+void max_pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y,
+              Matrix<uint8_t> winners, Numbers<T> numbers) {
+  const bool keeps = winners.data != nullptr;
+  const bool neighbours =
+      columns_are_neighbours(x, y) && (!keeps || columns_are_neighbours(winners));
+  for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
+    constexpr int W = decltype(width)::value;
+    const auto strip = load_strip<W>(numbers, c);
+    for (int64_t r = row; r < end; ++r) {
+      const T* const first = at(x, r, c);
+      Vector<acc_t<T>, W> maximum = {};
+      Places<T, W> winner = {};
+      for (int i = 0; i < window.size; ++i) {
+        const auto value = rounded<T, W>(normalise(load<W>(first + window.offsets[i]), strip));
+        const auto wins = (value > maximum) | (value != value);
+        maximum = wins ? value : maximum;
+        winner = wins ? Places<T, W>{} + window.places[i] : winner;
+      }
+      store<W>(at(y, r, c), maximum);
+      if (keeps) write(at(winners, r, c), __builtin_convertvector(winner, Vector<uint8_t, W>));
+    }
+  });
+}
+
+template <typename T>
+void unpool(Shape shape, Matrix<const T> grad_y, Matrix<const uint8_t> winners,
+            const Window& windows, Matrix<T> grad_x) {
+  const bool neighbours = columns_are_neighbours(grad_y, winners, grad_x);
+  for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
+    constexpr int W = decltype(width)::value;
+    for (int64_t r = row; r < end; ++r) {
+      Vector<acc_t<T>, W> sum = {};
+      for (int i = 0; i < windows.size; ++i) {
+        const auto winner = read<Vector<uint8_t, W>>(at(winners, r, c) + windows.offsets[i]);
+        const auto won =
+            __builtin_convertvector(winner, Places<T, W>) == Places<T, W>{} + windows.places[i];
+        sum += won ? load<W>(at(grad_y, r, c) + windows.offsets[i]) : Vector<acc_t<T>, W>{};
+      }
+      store<W>(at(grad_x, r, c), sum);
+    }
+  });
+}
+
+template <typename T>
+constexpr Loops<T> kLoops = {moments<T>,     normalise<T>, accumulate<T>, gradient<T>, finalise<T>,
+                             activations<T>, pool<T>,      max_pool<T>,   unpool<T>};
 
 constexpr AllLoops kAll = {kLoops<double>, kLoops<float>, kLoops<c10::Half>, kLoops<c10::BFloat16>};
 

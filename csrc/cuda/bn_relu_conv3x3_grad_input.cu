@@ -325,7 +325,7 @@ void bn_relu_conv3x3_grad_input(const Problem& problem, const BatchNorm& bn, con
       launch(element, std::integral_constant<int, 1>{}, tag);
     });
   });
-  merge_sums(problem, bn, gradients, chunking, partial_dz, partial_dz_centred);
+  merge_gradients(problem, bn, gradients, chunking, partial_dz, partial_dz_centred);
   backward_elementwise(problem, bn, gradients);
 }
 

@@ -75,25 +75,6 @@ __global__ void merge_sums_kernel(int64_t channels, Chunking chunking, const dou
   channel.write(gradients.grad_weight, gradients.grad_bias, c);
 }
 
-// grad_x = scale * dz - offset - (x - rounded mean) * slope; the last two are what the batch
-// statistics send back, 0 for running statistics.
-template <typename Acc>
-struct GradChannel : Channel<Acc> {
-  Acc offset, slope;
-
-  __device__ static GradChannel load(const BatchNorm& bn, const Gradients& gradients, int64_t c,
-                                     int64_t row_count) {
-    GradChannel channel{Channel<Acc>::load(bn, c), Acc(0), Acc(0)};
-    if (!gradients.batch_statistics) return channel;
-    const Acc per_row = channel.scale / static_cast<Acc>(row_count);
-    const Acc grad_weight = static_cast<const Acc*>(gradients.grad_weight)[c];
-    channel.slope = per_row * channel.inverse_std * grad_weight;
-    channel.offset = per_row * static_cast<const Acc*>(gradients.grad_bias)[c];
-    channel.offset = fma(-channel.rest, channel.slope, channel.offset);
-    return channel;
-  }
-};
-
 template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
     grad_features_kernel(const __grid_constant__ Inputs inputs,
@@ -131,8 +112,7 @@ __global__ void __launch_bounds__(kThreads)
         const GradChannel<Acc>& channel = channels[T_::channel_of(i)];
         const Acc value = widen(x_packs[s].values[i]);
         const Acc dz = masked<T>(channel, value, widen(grad_packs[s].values[i]));
-        const Acc direct = fma(channel.scale, dz, -channel.offset);
-        grad_packs[s].values[i] = narrow<T>(fma(channel.mean - value, channel.slope, direct));
+        grad_packs[s].values[i] = narrow<T>(channel.grad_x(value, dz));
       }
       *grad_x.at(row + s * tile.row_step) = grad_packs[s];
     }
@@ -141,9 +121,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void merge_sums(const Problem& problem, const BatchNorm& bn, const Gradients& gradients,
-                const Chunking& chunking, const double* partial_dz,
-                const double* partial_dz_centred) {
+void merge_gradients(const Problem& problem, const BatchNorm& bn, const Gradients& gradients,
+                     const Chunking& chunking, const double* partial_dz,
+                     const double* partial_dz_centred) {
   const auto kernel =
       is_double(problem.element) ? merge_sums_kernel<double> : merge_sums_kernel<float>;
   kernel<<<merge_grid(problem.channels), merge_block(), 0,
@@ -184,7 +164,7 @@ void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
       check(cudaGetLastError(), "backward_sums_kernel");
     });
   });
-  merge_sums(problem, bn, gradients, plan.chunking, partial_dz, partial_dz_centred);
+  merge_gradients(problem, bn, gradients, plan.chunking, partial_dz, partial_dz_centred);
   backward_elementwise(problem, bn, gradients);
 }
 

@@ -1,4 +1,4 @@
-// The second half of concat_bn_relu_backward.cu, for kernels that have taken the sums themselves.
+// What concat_bn_relu_backward.cu does after the sums, for kernels that take those themselves.
 #pragma once
 
 #include "sums.cuh"
@@ -6,9 +6,9 @@
 namespace efficient_densenet::cuda {
 
 // The gradients of weight and bias, from the partial results [C, chunks] of the sums.
-void merge_sums(const Problem& problem, const BatchNorm& bn, const Gradients& gradients,
-                const Chunking& chunking, const double* partial_dz,
-                const double* partial_dz_centred);
+void merge_gradients(const Problem& problem, const BatchNorm& bn, const Gradients& gradients,
+                     const Chunking& chunking, const double* partial_dz,
+                     const double* partial_dz_centred);
 
 // grad_x from grad_y, whose elements behind a closed ReLU may be 0 already, and those gradients.
 void backward_elementwise(const Problem& problem, const BatchNorm& bn, const Gradients& gradients);

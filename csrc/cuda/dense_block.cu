@@ -6,9 +6,9 @@
 //   accumulate  2 s + g read (x, grad_y, G), g written (G); the first reader of a block does not
 //               read G. With pooling, grad_y is a quarter (2-d) of that and comes from the cache.
 //   finalise    s + g read (x, G), s written
-//   pool        1 read, 1 / 2^dims written
+//   pool        1 read, 1 / 2^dims written; averages of images: dense_block_average.cu
 // Limit: memory bandwidth. Shared memory: 32 KB at V = 8 for the sums of accumulate.
-#include "../dense_block.h"
+#include "dense_block_average.cuh"
 #include "sums.cuh"
 
 namespace efficient_densenet::cuda {
@@ -47,8 +47,9 @@ struct PooledSource {
 #pragma unroll
     for (int d = kMaxRowDims - 2; d >= 0; --d) {
       if (d >= pooling.dims) continue;
-      const int64_t outer = divide(row, pooling.sizes[d]), windows = pooling.sizes[d] / 2;
-      const int64_t window = (row - outer * pooling.sizes[d]) / 2;
+      const int64_t outer = divide(row, pooling.sizes[d]);
+      const int64_t windows = divide(pooling.sizes[d], pooling.window);
+      const int64_t window = divide(row - outer * pooling.sizes[d], pooling.window);
       if (window >= windows) return {};
       pooled_row += window * pooled_size;
       pooled_size *= windows;
@@ -79,7 +80,10 @@ __global__ void __launch_bounds__(kThreads)
     const Window<T, V, 1> x(matrix.feature.x, rows, tile.channel);
     const Window<Acc, V, 1> grad_features(grad_features_view, rows, tile.channel);
     const Source grad_y(grad_y_view, pooling, rows, tile.channel);
-    const Acc share = Source::kPooled ? Acc(1) / Acc(1 << pooling.dims) : Acc(1);
+    Acc share = 1;
+    if constexpr (Source::kPooled) {
+      for (int d = 0; d < pooling.dims; ++d) share /= static_cast<Acc>(pooling.window);
+    }
     tile.template for_each_group<2>([&](int64_t row, auto steps) {
       constexpr int kSteps = decltype(steps)::value;
       Pack<T, V> x_packs[kSteps], grad_packs[kSteps];
@@ -325,6 +329,7 @@ void dense_block_finalise(const Problem& problem, const View& grad_features, con
 
 void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling& pooling,
                       const View& y) {
+  if (pooling.of_images()) return average_images(problem, bn, pooling, y);
   Problem pooled = problem;
   pooled.rows = pooled_rows(pooling);
   const Plan plan(pooled, &y, Plan::kElementwiseBlocks);

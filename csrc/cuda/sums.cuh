@@ -115,6 +115,29 @@ struct FinalChannel {
   __device__ Acc gradient(Acc g, Acc x) const { return g - (offset + fma(x - mean, slope, rest)); }
 };
 
+// grad_x = scale * dz - offset - (x - rounded mean) * slope; the last two are what the batch
+// statistics send back, 0 for running statistics.
+template <typename Acc>
+struct GradChannel : Channel<Acc> {
+  Acc offset, slope;
+
+  __device__ static GradChannel load(const BatchNorm& bn, const Gradients& gradients, int64_t c,
+                                     int64_t row_count) {
+    GradChannel channel{Channel<Acc>::load(bn, c), Acc(0), Acc(0)};
+    if (!gradients.batch_statistics) return channel;
+    const Acc per_row = channel.scale / static_cast<Acc>(row_count);
+    const Acc grad_weight = static_cast<const Acc*>(gradients.grad_weight)[c];
+    channel.slope = per_row * channel.inverse_std * grad_weight;
+    channel.offset = per_row * static_cast<const Acc*>(gradients.grad_bias)[c];
+    channel.offset = fma(-channel.rest, channel.slope, channel.offset);
+    return channel;
+  }
+
+  __device__ Acc grad_x(Acc x, Acc dz) const {
+    return fma(this->mean - x, slope, fma(this->scale, dz, -offset));
+  }
+};
+
 // What a reader's sums over all rows lead to, from the partial results [C, chunks] of a kernel that
 // has added to G: one warp per channel. In dense_block.cu.
 void merge_reader(const Problem& problem, const BatchNorm& bn, const Reader& reader,

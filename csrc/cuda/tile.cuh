@@ -413,7 +413,10 @@ struct Plan {
   static constexpr int64_t kReductionBlocks = 528;
 
   Plan(const Problem& problem, const View* other, int64_t blocks)
-      : walk(choose_walk(problem, other)),
+      : Plan(problem, choose_walk(problem, other), blocks) {}
+
+  Plan(const Problem& problem, const Walk& walk, int64_t blocks)
+      : walk(walk),
         block(block_shape(problem, walk)),
         chunking(choose_chunks(problem, walk, block, blocks)) {}
 
