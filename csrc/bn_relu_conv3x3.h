@@ -55,6 +55,13 @@ void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, const ImageSiz
 // Elements from row to row of grad_y below.
 int64_t conv3x3_grad_pitch(Element element, int64_t outputs);
 
+// Whether cuDNN, with the passes over memory around it, is faster than the kernel below: measured
+// on an H100 (benchmarks/results/kernels.md). For few outputs it pads, for few rows it is all
+// latency.
+inline bool conv3x3_grad_input_is_slow(int64_t rows, int64_t outputs) {
+  return outputs > 32 || (outputs > 16 && rows > 16384);
+}
+
 // problem.features[0].grad_x and gradients.grad_y are both the gradient of z: first it holds that
 // of relu(bn(z)), then the result. grad_y [M, pitch] becomes the gathered gradient of y.
 void bn_relu_conv3x3_grad_input(const Problem& problem, const BatchNorm& bn, const ImageSize& image,

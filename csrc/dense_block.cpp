@@ -150,6 +150,7 @@ class Block {
                       const std::optional<Tensor>& grad_weight);
   Matrix backward_conv2(Backward& state, int64_t layer, const Matrix& z,
                         const std::optional<Tensor>& grad_weight);
+  void backward_conv2_input(Backward& state, int64_t layer, Problem& p, const Matrix& grad_added);
   Tensor backward_aten_conv2(Backward& state, int64_t layer, const Matrix& z, bool wants_weight);
   void backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
                       const std::optional<Tensor>& grad_conv2);
@@ -676,27 +677,45 @@ Tensor Block::multiply_back(const Matrix& grad_z, const Matrix& a1, int64_t rows
   return inner;
 }
 
-// The gradients of conv2's weight and of z.
+// The gradients of conv2's weight and of z, by kernels of our own; that of z by cuDNN and batch
+// norm where these are faster.
 Block::Matrix Block::backward_conv2(Backward& state, int64_t layer, const Matrix& z,
                                     const std::optional<Tensor>& grad_weight) {
   const Norm& norm = norms_[layers_ + layer];
   const int64_t begin = channels_before(layer);
   const int64_t pitch = cuda::conv3x3_grad_pitch(element_, growth_);
+  const Matrix grad_added = scratch(&added_, rows_ * pitch, pitch);
+  Problem p = problem(z, rows_, bottleneck_);
+  if (pitch == growth_ && cuda::conv3x3_grad_input_is_slow(rows_, growth_)) {
+    finalise(state, begin, growth_, grad_added);
+    // Of the input, the shape counts.
+    const auto gradients =
+        aten::convolution_backward(images(grad_added, growth_), images(z, bottleneck_),
+                                   conv2(arguments_.conv2, layer, layers_), true, false);
+    grad_z_ = with_inner_channels(*gradients.x, spatial_);
+    backward_norm2(state, norm, z, matrix_of(*grad_z_));
+  } else {
+    backward_conv2_input(state, layer, p, grad_added);
+  }
+  if (grad_weight) {
+    launch_(cuda::bn_relu_conv3x3_grad_weight, p, norm.bn, image(), growth_, view(grad_added),
+            grad_weight->data_ptr());
+  }
+  return {&*grad_z_, 0, bottleneck_};
+}
+
+void Block::backward_conv2_input(Backward& state, int64_t layer, Problem& p,
+                                 const Matrix& grad_added) {
+  const Norm& norm = norms_[layers_ + layer];
+  const int64_t begin = channels_before(layer);
   const Matrix grad_z = scratch(&grad_z_, rows_ * bottleneck_, bottleneck_);
-  const View grad_added = view(scratch(&added_, rows_ * pitch, pitch));
   const Gathered gathered{view(at(state.grad_features, 0, begin)),
                           view(at(features_, 0, begin)),
                           mean_ + begin,
                           {state.s1 + begin, state.s2 + begin}};
-  Problem p = problem(z, rows_, bottleneck_);
   p.features[0].grad_x = view(grad_z);
   launch_(cuda::bn_relu_conv3x3_grad_input, p, norm.bn, image(), packed_conv2_[true].at(layer),
-          growth_, gathered, grad_added, gradients_of(state, norm, grad_z));
-  if (grad_weight) {
-    launch_(cuda::bn_relu_conv3x3_grad_weight, p, norm.bn, image(), growth_, grad_added,
-            grad_weight->data_ptr());
-  }
-  return grad_z;
+          growth_, gathered, view(grad_added), gradients_of(state, norm, grad_z));
 }
 
 // The same by ATen's convolutions; the weight's gradient goes to state.grad_conv2.

@@ -36,7 +36,6 @@ from .densenet import (
     _in_format,
     _layer_tensors,
     _Plans,
-    _State,
     _stem_norm_relu,
     _why_called,
     _why_not_convolution,
@@ -349,8 +348,8 @@ class _ConvertedBlock(_Converted):
     def plan(self, x: Tensor, reader: Any = None) -> Plan | None:
         """As :meth:`DenseBlock.plan <efficient_densenet.DenseBlock.plan>`."""
         settings = self._efficient_densenet
-        state = _State(x, self, reader)
-        return settings.plans.get(reader is None, state, lambda: self._new_plan(x, reader))
+        roots = (self,) if reader is None else (self, reader)
+        return settings.plans.get(reader is None, x, roots, lambda: self._new_plan(x, reader))
 
     def _new_plan(self, x: Tensor, reader: Any) -> Plan | None:
         if _why_not_block(self, x) is not None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import _extension  # noqa: F401  registers the operators
 from ._arguments import check_block_arguments, check_more_than_one_value
@@ -360,15 +361,13 @@ def _pack_norms(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _pack_conv1(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The ``[B, C_l]`` one after the other."""
-    return torch.cat([weight.reshape(-1) for weight in weights]).to(dtype)
+    return _flatten_dense_tensors(weights).to(dtype)
 
 
 def _pack_conv2(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """``[L, k, *kernel, B]``, contiguous."""
-    inner = [weight.movedim(1, -1) for weight in weights]
-    if all(weight.is_contiguous() for weight in inner):  # channels-last weights
-        return torch.stack(inner).to(dtype)
-    return torch.stack(list(weights)).movedim(2, -1).to(dtype).contiguous()
+    inner = torch.cat(list(weights)).to(dtype).movedim(1, -1)
+    return inner.contiguous().unflatten(0, (len(weights), -1))
 
 
 def _unpack_gradients(
@@ -387,9 +386,8 @@ def _unpack_gradients(
     if grad_conv1 is None:
         gradients += [None] * len(plan.conv1)
     else:
-        sizes = [weight.numel() for weight in plan.conv1]
-        parts = torch.split(grad_conv1.to(plan.conv1[0].dtype), sizes)
-        gradients += [part.view(w.shape) for part, w in zip(parts, plan.conv1, strict=True)]
+        flat = grad_conv1.to(plan.conv1[0].dtype)
+        gradients += _unflatten_dense_tensors(flat, plan.conv1)
     if grad_conv2 is None:
         gradients += [None] * len(plan.conv2)
     else:

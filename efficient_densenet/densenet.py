@@ -10,6 +10,7 @@ Parameters, module names and results are those of ``efficient=False``.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -256,47 +257,54 @@ class _DenseLayer(nn.Module):
         return [convolution.weight for convolution in convolutions]
 
 
+def _input_facts(x: Tensor) -> tuple[object, ...]:
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return (
+        x.dtype, x.device, x.dim(), x.size(1), min(x.shape[2:], default=0) < 2,
+        torch.get_autocast_dtype(kind) if autocast else None, _any_global_hook(),
+    )  # fmt: skip
+
+
+# Module.to and the like put other data into the same parameter.
+_parameter_facts = operator.attrgetter("dtype", "device", "shape")
+
+
 class _State:
     """All that a block's plan depends on, of its modules and of the input.
 
-    Objects are compared by identity and kept, so that no other can take the place of one.
+    Objects are compared by identity and kept, so that no other can take the place of one. This is
+    looked at in every step, for thousands of objects: hence the loops without bytecode.
     """
 
-    def __init__(self, x: Tensor, *modules: nn.Module | None) -> None:
-        kind = x.device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-        self.objects: list[object] = []
-        self.facts: list[object] = [
-            x.dtype, x.device, x.dim(), x.size(1), min(x.shape[2:], default=0) < 2,
-            torch.get_autocast_dtype(kind) if autocast else None, _any_global_hook(),
-        ]  # fmt: skip
-        objects, facts = self.objects, self.facts
-        remaining = [module for module in modules if module is not None]
-        while remaining:
-            attributes = vars(remaining.pop())
-            objects += attributes.values()
-            parameters, children = attributes["_parameters"], attributes["_modules"]
-            if parameters:
-                objects += parameters.values()
-                # Module.to and the like put other data into the same parameter.
-                for parameter in parameters.values():
-                    if parameter is not None:
-                        facts += parameter.dtype, parameter.device, parameter.shape
-            if attributes["_buffers"]:
-                objects += attributes["_buffers"].values()
-            if children:
-                objects += children.values()
-                remaining += [child for child in children.values() if child is not None]
-            for name in _HOOKS:
-                if attributes[name]:
-                    objects += attributes[name].values()
+    def __init__(self, x: Tensor, roots: Sequence[nn.Module]) -> None:
+        self.roots, self.input = roots, _input_facts(x)
+        self.modules = [module for root in roots for module in root.modules()]
+        self.attributes = list(map(vars, self.modules))
+        self.dicts = [*self.attributes]
+        for attributes in self.attributes:
+            names = ("_parameters", "_buffers", "_modules", *_HOOKS)
+            self.dicts += [attributes[name] for name in names]
+        self.objects = self._objects()
+        found = (p for a in self.attributes for p in a["_parameters"].values())
+        self.parameters = [parameter for parameter in found if parameter is not None]
+        self.parameter_facts = list(map(_parameter_facts, self.parameters))
 
-    def is_as(self, other: _State) -> bool:
+    def _objects(self) -> list[object]:
+        return list(itertools.chain.from_iterable(map(dict.values, self.dicts)))
+
+    def still_holds(self, x: Tensor, roots: Sequence[nn.Module]) -> bool:
         return (
-            len(self.objects) == len(other.objects)
-            and all(map(operator.is_, self.objects, other.objects))
-            and self.facts == other.facts
+            self.input == _input_facts(x)
+            and _same(roots, self.roots)
+            and _same(list(map(vars, self.modules)), self.attributes)
+            and _same(self._objects(), self.objects)
+            and list(map(_parameter_facts, self.parameters)) == self.parameter_facts
         )
+
+
+def _same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 class _Plans:
@@ -308,10 +316,12 @@ class _Plans:
     def __init__(self) -> None:
         self._last: dict[object, tuple[_State, Plan | None]] = {}
 
-    def get(self, use: object, state: _State, make: Callable[[], Plan | None]) -> Plan | None:
+    def get(
+        self, use: object, x: Tensor, roots: Sequence[nn.Module], make: Callable[[], Plan | None]
+    ) -> Plan | None:
         last = self._last.get(use)
-        if last is None or not state.is_as(last[0]):
-            self._last[use] = last = state, make()
+        if last is None or not last[0].still_holds(x, roots):
+            self._last[use] = last = _State(x, roots), make()
         return last[1]
 
     def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
@@ -407,9 +417,9 @@ class DenseBlock(nn.Module):
         Looking at every module of a block costs as much as running it, so plans are kept for as
         long as nothing has changed.
         """
-        state = _State(x, self, reader)
+        roots = (self,) if reader is None else (self, reader)
         use = reader is None, averages
-        return self._plans.get(use, state, lambda: self._new_plan(x, reader, averages))
+        return self._plans.get(use, x, roots, lambda: self._new_plan(x, reader, averages))
 
     def _new_plan(self, x: Tensor, reader: Any, averages: bool) -> Plan | None:
         if self.why_not_fused(x) is not None:

@@ -260,10 +260,15 @@ std::atomic<int64_t> limit_of_tests{0};
 }  // namespace
 
 int64_t shared_memory() {
-  int device = 0, most = 0;
+  static std::atomic<int> known[kKnownDevices];  // 0: not asked yet
+  int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
+  int most = device < kKnownDevices ? known[device].load() : 0;
+  if (most == 0) {
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "cudaDeviceGetAttribute");
+    if (device < kKnownDevices) known[device] = most;
+  }
   const int64_t limit = limit_of_tests;
   return limit > 0 ? std::min<int64_t>(limit, most) : most;
 }

@@ -144,41 +144,43 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   // grad_y, four channels at a time.
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * block_rows;
   const int64_t end = min(first_row + block_rows, sizes.images.rows);
-  const int fours = chunks * kChunk<T> / 4, items = stretch * fours;
+  constexpr int kFours = kChunk<T> / 4;
+  const int items = stretch * kFours;
   const int64_t stretch_begin = sizes.images.stretch_begin(first_row);
-  for (int first = threadIdx.x; first < items; first += kBatch * blockDim.x) {
-    Pack<float, 4> g[kBatch];
-    Pack<T, 4> values[kBatch];
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    uint4* const chunk_operands = operands + chunk * stretch * kPieces;
+    for (int first = threadIdx.x; first < items; first += kBatch * blockDim.x) {
+      Pack<float, 4> g[kBatch];
+      Pack<T, 4> values[kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = first + j * blockDim.x, n = i % fours * 4;
-      const int64_t row = stretch_begin + i / fours;
-      const bool exists = i < items && row >= 0 && row < sizes.images.rows;
-      const int count = exists ? count_before<4>(sizes.outputs, n) : 0;
-      g[j] = load_four(grad_features, row, n, count);
-      values[j] = load_four(y, row, n, count);
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = first + j * blockDim.x, s = i / fours, n = i % fours * 4;
-      if (i >= items) break;
-      const int64_t row = stretch_begin + s;
-      const bool exists = row >= 0 && row < sizes.images.rows;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float gradient =
-            exists && n + k < sizes.outputs
-                ? final_channels[n + k].gradient(g[j].values[k], widen(values[j].values[k]))
-                : 0;
-        values[j].values[k] = to_operand(narrow<T>(gradient));
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = first + j * blockDim.x, n = chunk * kChunk<T> + i % kFours * 4;
+        const int64_t row = stretch_begin + i / kFours;
+        const bool exists = i < items && row >= 0 && row < sizes.images.rows;
+        const int count = exists ? count_before<4>(sizes.outputs, n) : 0;
+        g[j] = load_four(grad_features, row, n, count);
+        values[j] = load_four(y, row, n, count);
       }
-      const int in_chunk = n % kChunk<T>;
-      uint4* const piece =
-          operands + n / kChunk<T> * stretch * kPieces + place(s, in_chunk / kPiece<T>);
-      *reinterpret_cast<Pack<T, 4>*>(reinterpret_cast<T*>(piece) + in_chunk % kPiece<T>) =
-          values[j];
-      if (blockIdx.y == 0 && row >= first_row && row < end && n < sizes.pitch) {
-        *reinterpret_cast<Pack<T, 4>*>(grad_y.at(row, n)) = values[j];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = first + j * blockDim.x, s = i / kFours, in_chunk = i % kFours * 4;
+        if (i >= items) break;
+        const int64_t row = stretch_begin + s;
+        const int n = chunk * kChunk<T> + in_chunk;
+        const bool exists = row >= 0 && row < sizes.images.rows;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float gradient =
+              exists && n + k < sizes.outputs
+                  ? final_channels[n + k].gradient(g[j].values[k], widen(values[j].values[k]))
+                  : 0;
+          values[j].values[k] = to_operand(narrow<T>(gradient));
+        }
+        T* const piece = reinterpret_cast<T*>(chunk_operands + place(s, in_chunk / kPiece<T>));
+        *reinterpret_cast<Pack<T, 4>*>(piece + in_chunk % kPiece<T>) = values[j];
+        if (blockIdx.y == 0 && row >= first_row && row < end && n < sizes.pitch) {
+          *reinterpret_cast<Pack<T, 4>*>(grad_y.at(row, n)) = values[j];
+        }
       }
     }
   }
@@ -202,7 +204,10 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
 
     const int64_t row = tile_row + lane / kPieces;
     const int first_own = i / chunks * kColumns + 4 * t;
+    const bool whole = tile_row + kRowTiles * kTileRows <= end &&
+                       first_channel + (i / chunks + 1) * kColumns <= sizes.channels;
     const auto own_count = [&](int own, int r) {
+      if (whole) return 4;
       return row + r * 8 < end ? count_before<4>(sizes.channels, first_channel + own) : 0;
     };
     const auto load = [&](Pack<T, 4>(&values)[kOwnRows], int own) {

@@ -5,8 +5,8 @@
 //              | z of a stretch of rows |        | grad_y of the rows, all of k |
 //   warps        in shared memory, normalised      beside it
 //                there once, read by all 9 taps
-//   a warp has one line of taps, dy, for all of the chunk and k: accumulators of 3 taps; two warps
-//   per dy share the rows.
+//   a warp has one line of taps, dy, for all of k: accumulators of 3 taps; the two warps of a dy
+//   share the rows or, where k is large, the channels.
 //
 // Blocks split B and the rows. Copies of the next tile of rows are under way while one is
 // multiplied. The mma sums over rows, so operands are read across: by transposing loads (16 bits),
@@ -23,8 +23,8 @@
 namespace efficient_densenet::cuda {
 namespace {
 
-constexpr int kLines = 3, kParts = 2;  // of taps; of the rows
-constexpr int kBlockThreads = kLines * kParts * kWarp;
+constexpr int kLines = 3, kHalves = 2;  // of taps; warps per line
+constexpr int kBlockThreads = kLines * kHalves * kWarp;
 constexpr int64_t kBlocks = 264;  // about; two per multiprocessor of a large GPU
 constexpr int kMostTiles = 6;     // of k, per block: accumulators are 3 taps times so many
 
@@ -42,6 +42,15 @@ constexpr int kPitch = kTiles * kTileColumns + (sizeof(T) == 4 ? 8 : kPiece<T>);
 
 template <typename T>
 constexpr int kChannelTiles = kChunk<T> / kTileRows;
+
+// What the two warps of a line share out: the channels where all of them were too many
+// accumulators, else the rows.
+template <typename T, int kTiles>
+struct Share {
+  static constexpr bool kOfChannels = kChannelTiles<T> * kTiles > 8;
+  static constexpr int kParts = kOfChannels ? 1 : kHalves;  // of the rows
+  static constexpr int kOwnTiles = kOfChannels ? kChannelTiles<T> / kHalves : kChannelTiles<T>;
+};
 
 // Bytes of a stage: stretch of z, grad_y, taps inside.
 struct SharedLayout {
@@ -88,14 +97,15 @@ __device__ void load_grad_y(uint32_t (&b)[kTiles][2], const T* rows, int lane) {
   }
 }
 
-// A operands of one tap: all tiles of the chunk's channels, summed over kStep rows from stretch row
-// s on.
+// A operands of one tap: tiles of the chunk's channels from first_tile on, summed over kStep rows
+// from stretch row s on.
 template <typename T>
 struct TapLoads {
   const uint4 *stretch, *zeros;
-  int lane;
+  int lane, first_tile;
 
-  __device__ void load(uint32_t (&a)[kChannelTiles<T>][4], const uint32_t* inside, int row, int s,
+  template <int kOwnTiles>
+  __device__ void load(uint32_t (&a)[kOwnTiles][4], const uint32_t* inside, int row, int s,
                        int tap) const {
     if constexpr (sizeof(T) == 2) {
       const int own = lane % 8 + lane / 16 * 8, piece = lane / 8 % 2;
@@ -103,8 +113,8 @@ struct TapLoads {
       const uint32_t from =
           exists ? shared_address(stretch + place(s + own, piece)) : shared_address(zeros + piece);
 #pragma unroll
-      for (int m = 0; m < kChannelTiles<T>; ++m)
-        load_transposed(a[m], from ^ (m * 2 * kPieceBytes));
+      for (int m = 0; m < kOwnTiles; ++m)
+        load_transposed(a[m], from ^ ((first_tile + m) * 2 * kPieceBytes));
     } else {
       const int channel = lane / 4;
       const char* const begin = reinterpret_cast<const char*>(stretch);
@@ -128,7 +138,7 @@ struct TapLoads {
 #endif
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kBlockThreads, kChannelTiles<T>* kTiles <= 8 ? 2 : 1)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     bn_relu_conv3x3_grad_weight_kernel(const __grid_constant__ Sizes sizes,
                                        const __grid_constant__ Rows<const T> z, BatchNorm bn,
                                        const __grid_constant__ Rows<const T> grad_y,
@@ -138,7 +148,10 @@ __global__ void __launch_bounds__(kBlockThreads, kChannelTiles<T>* kTiles <= 8 ?
   constexpr int kRowPieces = kColumns / kPiece<T>;  // of grad_y
   extern __shared__ __align__(128) char bytes[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int dy = warp % kLines, part = warp / kLines;
+  using S = Share<T, kTiles>;
+  const int dy = warp % kLines, half = warp / kLines;
+  const int part = S::kOfChannels ? 0 : half;
+  const int first_tile = S::kOfChannels ? half * S::kOwnTiles : 0;
   const int first_channel = blockIdx.x * kChunk<T>, first_output = blockIdx.z * kColumns;
   const int stretch = sizes.images.stretch(sizes.tile_rows);
   const SharedLayout layout(stretch, sizes.tile_rows, kPitch_ * static_cast<int>(sizeof(T)));
@@ -181,7 +194,7 @@ __global__ void __launch_bounds__(kBlockThreads, kChannelTiles<T>* kTiles <= 8 ?
   copy(0);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
-  float sums[3][kChannelTiles<T>][kTiles][4] = {};
+  float sums[3][S::kOwnTiles][kTiles][4] = {};
   for (int i = 0; i < total; ++i) {
     wait_for_copies<0>();
     auto* const zs = reinterpret_cast<uint4*>(stage(i));
@@ -197,16 +210,16 @@ __global__ void __launch_bounds__(kBlockThreads, kChannelTiles<T>* kTiles <= 8 ?
     __syncthreads();  // this tile is ready, and nobody reads the one before
     copy(i + 1);
     const T* const ys = reinterpret_cast<const T*>(stage(i) + layout.grad_y);
-    const TapLoads<T> taps{zs, zeros, lane};
-    for (int row = part * kStep<T>; row < sizes.tile_rows; row += kParts * kStep<T>) {
+    const TapLoads<T> taps{zs, zeros, lane, first_tile};
+    for (int row = part * kStep<T>; row < sizes.tile_rows; row += S::kParts * kStep<T>) {
       uint32_t b[kTiles][2];
       load_grad_y<T, kTiles>(b, ys + row * kPitch_, lane);
 #pragma unroll
       for (int dx = 0; dx < 3; ++dx) {
-        uint32_t a[kChannelTiles<T>][4];
+        uint32_t a[S::kOwnTiles][4];
         taps.load(a, inside, row, row + dy * sizes.images.width + dx, dy * 3 + dx);
 #pragma unroll
-        for (int m = 0; m < kChannelTiles<T>; ++m) {
+        for (int m = 0; m < S::kOwnTiles; ++m) {
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) mma<T>(sums[dx][m][j], a[m], b[j]);
         }
@@ -217,19 +230,19 @@ __global__ void __launch_bounds__(kBlockThreads, kChannelTiles<T>* kTiles <= 8 ?
   // The parts of the rows, in order: [output][tap][channel].
   wait_for_copies<0>();
   float* const all = reinterpret_cast<float*>(bytes);
-  for (int p = 0; p < kParts; ++p) {
+  for (int p = 0; p < S::kParts; ++p) {
     __syncthreads();
     if (p != part) continue;
 #pragma unroll
     for (int dx = 0; dx < 3; ++dx) {
 #pragma unroll
-      for (int m = 0; m < kChannelTiles<T>; ++m) {
+      for (int m = 0; m < S::kOwnTiles; ++m) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const int n = j * kTileColumns + lane % 4 * 2 + k % 2;
-            const int c = m * kTileRows + lane / 4 + k / 2 * 8;
+            const int c = (first_tile + m) * kTileRows + lane / 4 + k / 2 * 8;
             float& sum = all[(n * kTaps + dy * 3 + dx) * kChunk<T> + c];
             sum = p == 0 ? sums[dx][m][j][k] : sum + sums[dx][m][j][k];
           }

@@ -319,13 +319,15 @@ class CurrentDevice {
 // Bytes of shared memory that a block is to have on the current device. In bn_relu_conv1x1.cu.
 int64_t shared_memory();
 
+constexpr int kKnownDevices = 64;  // those beyond are asked every time
+
 // Lets a kernel have all that the device allows; asked once per kernel and device.
 template <auto kKernel>
 void allow_shared() {
-  static std::atomic<uint64_t> allowed{0};  // one bit per device; beyond 64, asked every time
+  static std::atomic<uint64_t> allowed{0};  // one bit per device
   int device = 0, most = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  const uint64_t bit = device < kKnownDevices ? uint64_t(1) << device : 0;
   if (allowed.load() & bit) return;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
