@@ -76,8 +76,7 @@ struct Loops {
   void (*activations)(Shape, Matrix<const T> x, Numbers<T>, double* sum);
   // y = mean of relu(normalise(x)) over a window
   void (*pool)(Shape, Matrix<const T> x, const Window&, Matrix<T> y, Numbers<T>);
-  // y = maximum of relu(normalise(x)) over a window, and where winners has data the place of the
-  // first pixel that has it
+  // y = maximum of relu(normalise(x)) over a window, and the place of the first pixel that has it
   void (*max_pool)(Shape, Matrix<const T> x, const Window&, Matrix<T> y, Matrix<uint8_t> winners,
                    Numbers<T>);
   // grad_x = sum of grad_y over the windows of a pixel that it won

@@ -337,9 +337,7 @@ EFFICIENT_DENSENET_INLINE Vector<acc_t<T>, W> rounded(const Vector<acc_t<T>, W>&
 template <typename T>
 void max_pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y,
               Matrix<uint8_t> winners, Numbers<T> numbers) {
-  const bool keeps = winners.data != nullptr;
-  const bool neighbours =
-      columns_are_neighbours(x, y) && (!keeps || columns_are_neighbours(winners));
+  const bool neighbours = columns_are_neighbours(x, y, winners);
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;
     const auto strip = load_strip<W>(numbers, c);
@@ -354,7 +352,7 @@ void max_pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y,
         winner = wins ? Places<T, W>{} + window.places[i] : winner;
       }
       store<W>(at(y, r, c), maximum);
-      if (keeps) write(at(winners, r, c), __builtin_convertvector(winner, Vector<uint8_t, W>));
+      write(at(winners, r, c), __builtin_convertvector(winner, Vector<uint8_t, W>));
     }
   });
 }
