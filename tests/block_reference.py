@@ -12,6 +12,7 @@ in 16 bits they do, and the test of that case compares no gradients.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficient_densenet import BatchNorm, DenseLayer, dense_block
 from reference import assert_error_rule, compare, in_format
@@ -287,6 +288,25 @@ def clear_of_kinks(problem: BlockProblem, distance: float) -> None:
     plain_dense_block(
         exact.x, exact.layers, exact.drop_rate, batch_norm=batch_norm, dropout=dropout
     )
+
+
+@torch.no_grad()
+def clear_model_of_kinks(model: nn.Module, x: Tensor, distance: float) -> None:
+    """The same for a whole model on the input x: each of its batch norms is read by a ReLU."""
+    exact = copy.deepcopy(model).double()
+
+    def before(norm: Any, ours: Any) -> Callable[..., None]:
+        def set_bias(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            z = F.batch_norm(inputs[0], None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+            ours.bias.copy_(norm.bias + _shift_to_a_gap(z, distance))
+            norm.bias.copy_(ours.bias)  # rounded
+
+        return set_bias
+
+    for norm, ours in zip(exact.modules(), model.modules(), strict=True):
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.register_forward_pre_hook(before(norm, ours))
+    exact.train()(x.double())
 
 
 def _shift_to_a_gap(z: Tensor, distance: float) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import efficient_densenet
+from block_reference import clear_model_of_kinks
 from efficient_densenet import DenseNet, densenet121, load_weights
 from efficient_densenet.densenet import DenseBlock
-from test_densenet import SMALL, images
+from reference import assert_error_rule, compare, requires_cuda
+from test_densenet import SMALL, images, step
 
 SMALL = SMALL | dict(small_inputs=False)
 
@@ -78,6 +80,25 @@ def test_memory_format(options, memory_format):
         model = create("densenet121", memory_format=memory_format, **options)
     weights = [m.features.denseblock1.denselayer1.conv2.weight for m in (plain, model)]
     assert [w.is_contiguous(memory_format=memory_format) for w in weights] == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, size", [("densenet121", 96), ("densenet_bc_100_12", 32)])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=requires_cuda)])
+def test_named_networks_train(device, name, size, dtype):
+    """As close to float64 as plain modules with the same weights."""
+    options = dict(memory_format=torch.channels_last, num_classes=40)
+    plain = create(name, efficient=False, **options).to(device, dtype)
+    x = images(device, dtype, size=size, memory_format=torch.channels_last)
+    # A hundred layers add up more rounding errors than the few of a block.
+    clear_model_of_kinks(plain, x, 32 * torch.finfo(dtype).eps)
+    ours = create(name, weights=plain.state_dict(), **options).to(device, dtype)
+    exact = copy.deepcopy(plain).double()
+    results = []
+    for model, batch in ((ours, x), (plain, x), (exact, x.double())):
+        y, gradients = step(model, batch)
+        results.append({"y": y} | gradients | dict(model.named_buffers()))
+    assert_error_rule(compare(*results), dtype)
 
 
 @pytest.mark.parametrize(
@@ -152,45 +173,47 @@ STYLES = {
 def assert_same_network(ours, theirs):
     x = images(size=64)
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(x), theirs(x), rtol=1e-10, atol=1e-10)
+        y = ours.eval()(x.to(ours.classifier.weight.device)).cpu()
+        torch.testing.assert_close(y, theirs(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("efficient", [True, False])
-def test_names_of_others(theirs, style, efficient):
-    ours = DenseNet(**SMALL, efficient=efficient).double()
+def test_names_of_others(device, theirs, style, efficient):
+    ours = DenseNet(**SMALL, efficient=efficient).to(device).double()
     assert any("norm.1" in name for name in dotted(theirs.state_dict()))
     load_weights(ours, STYLES[style](theirs.state_dict()))
     assert_same_network(ours, theirs)
 
 
 @pytest.mark.parametrize("efficient", [True, False])
-def test_timm(efficient):
+def test_timm(device, efficient):
     reason = "needs timm, whose names and network this compares"
     timm = pytest.importorskip("timm.models.densenet", reason=reason)
     theirs = randomise(timm.DenseNet(growth_rate=4, block_config=(3, 2, 2), num_classes=5))
-    ours = DenseNet(**SMALL, efficient=efficient).double()
+    ours = DenseNet(**SMALL, efficient=efficient).to(device).double()
     load_weights(ours, theirs.state_dict())
     assert_same_network(ours, theirs)
-    x = images(size=64)
+    x = images(device, size=64)
     maps = ours.forward_intermediates(x)[1]
-    their_maps = theirs.forward_intermediates(x, intermediates_only=True)
+    their_maps = theirs.to(device).forward_intermediates(x, intermediates_only=True)
     assert len(maps) == 4
     torch.testing.assert_close(maps, their_maps, rtol=1e-10, atol=1e-10)
 
 
-def test_weights_are_cast_and_counts_kept(theirs):
+def test_weights_are_cast_and_counts_kept(device, theirs):
     """Files of torchvision have float32 tensors and no batch counts."""
-    ours = DenseNet(**SMALL).to(torch.bfloat16)
-    ours(images(dtype=torch.bfloat16, size=64))
+    ours = DenseNet(**SMALL).to(device, torch.bfloat16)
+    ours(images(device, torch.bfloat16, size=64))
     load_weights(ours, dotted(theirs.state_dict()))
     norm = ours.features.norm_final
-    assert torch.equal(norm.weight, theirs.features.norm5.weight.bfloat16())
+    assert torch.equal(norm.weight.cpu(), theirs.features.norm5.weight.bfloat16())
     assert norm.num_batches_tracked == 1
 
 
-def test_files(theirs, tmp_path):
-    state = theirs.state_dict()
+def test_files(device, theirs, tmp_path):
+    """Of models on any device, into one on the CPU."""
+    state = {name: x.to(device) for name, x in theirs.state_dict().items()}
     torch.save(state, tmp_path / "state.pth")
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "checkpoint.pth")
     torch.save({"model": state, "arguments": {"seed": 0}}, tmp_path / "demo.pt")
@@ -201,12 +224,12 @@ def test_files(theirs, tmp_path):
         assert_same_network(ours, theirs)
 
 
-def test_safetensors(theirs, tmp_path):
+def test_safetensors(device, theirs, tmp_path):
     """Whatever the file is called."""
     safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
     for name in ("model.safetensors", "weights"):
         safetensors.save_file(theirs.state_dict(), tmp_path / name)
-        ours = DenseNet(**SMALL).double()
+        ours = DenseNet(**SMALL).to(device).double()
         load_weights(ours, tmp_path / name)
         assert_same_network(ours, theirs)
     content = (tmp_path / "weights").read_bytes()
@@ -362,14 +385,14 @@ def test_only_our_own_models():
         load_weights(nn.Linear(1, 1), {})
 
 
-def test_meta_device_and_pickles():
+def test_meta_device_and_pickles(device):
     """A network without memory, then with it; copies of it run alike."""
     with torch.device("meta"):
         model = densenet121(num_classes=5)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     state = densenet121(num_classes=5).state_dict()
-    model.to_empty(device="cpu").load_state_dict(state)
-    x = torch.randn(1, 3, 32, 32)
+    model.to_empty(device=device).load_state_dict(state)
+    x = torch.randn(1, 3, 32, 32, device=device)
     expected = model.eval()(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), expected)

@@ -127,11 +127,11 @@ def step(model, call, x):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_compile_without_a_break(name):
+def test_networks_compile_without_a_break(device, name):
     torch._dynamo.reset()
-    model = copy.deepcopy(NETWORKS[name])
+    model = copy.deepcopy(NETWORKS[name]).to(device)
     twin = copy.deepcopy(model)
-    x = torch.randn(2, 3, 36, 36, dtype=torch.float64)
+    x = torch.randn(2, 3, 36, 36, dtype=torch.float64, device=device)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         assert_same(step(model, compiled, x), step(twin, twin, x), limit=1e-8)
@@ -147,39 +147,44 @@ def test_networks_compile_without_a_break(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_evaluation_exports(name):
-    model = copy.deepcopy(NETWORKS[name]).eval()
-    x = torch.randn(2, 3, 36, 36, dtype=torch.float64)
+def test_evaluation_exports(device, name):
+    model = copy.deepcopy(NETWORKS[name]).to(device).eval()
+    x = torch.randn(2, 3, 36, 36, dtype=torch.float64, device=device)
     program = torch.export.export(model, (x,))
     assert_same({"y": program.module()(x)}, {"y": model(x)})
 
 
-def test_inductor():
+def test_inductor(device):
     torch._dynamo.reset()
-    model = copy.deepcopy(NETWORKS["DenseBlock"])
+    model = copy.deepcopy(NETWORKS["DenseBlock"]).to(device)
     twin = copy.deepcopy(model)
-    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64, device=device)
     compiled = torch.compile(model, fullgraph=True)
     assert_same(step(model, compiled, x), step(twin, twin, x), limit=1e-8)
 
 
-def test_compiled_under_autocast():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["model", "autocast"])
+def test_compiled_in_16_bits(device, dtype, autocast):
     torch._dynamo.reset()
-    model = DenseBlock(2, 8, 4)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 8, 6, 6, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, expected = compiled(x), copy.deepcopy(model)(x)
-    assert ours.dtype == expected.dtype
-    assert relative_error(ours, expected) < 1e-2
-    ours.float().sum().backward()
-    assert x.grad.dtype == torch.float32
+    model = DenseBlock(2, 8, 4).to(device, torch.float32 if autocast else dtype)
+    compiled, twin = torch.compile(model, backend="aot_eager", fullgraph=True), copy.deepcopy(model)
+    x = torch.randn(2, 8, 6, 6, device=device).to(dtype)
+    found = []
+    for each, call in ((model, compiled), (twin, twin)):
+        leaf = x.to(each.denselayer1.conv1.weight.dtype).requires_grad_()
+        with torch.autocast(device, dtype, enabled=autocast):
+            y = call(leaf)
+        y.float().square().sum().backward()
+        gradients = {n: p.grad for n, p in each.named_parameters()}
+        found.append({"y": y.detach(), "grad x": leaf.grad} | gradients)
+    assert_same(*found, limit=torch.finfo(dtype).eps)
 
 
-def test_an_unfused_block_compiles_as_it_runs():
+def test_an_unfused_block_compiles_as_it_runs(device):
     torch._dynamo.reset()
-    model = DenseBlock(2, 8, 4).double()
+    model = DenseBlock(2, 8, 4).to(device).double()
     model.denselayer1.relu1 = nn.SiLU()
-    x = torch.randn(2, 8, 6, 6).double()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, device=device)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same({"y": compiled(x)}, {"y": copy.deepcopy(model)(x)})
