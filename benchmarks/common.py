@@ -1,13 +1,17 @@
-"""What the benchmarks of a train step share: networks, the step, its memory, a result's origin."""
+"""What the benchmarks share: networks, the train step, its memory, processes, a result's origin."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +80,22 @@ def peak_activation_bytes(step: TrainStep) -> int:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+class ProcessFailed(Exception):
+    """A script ended with an error; the message is its exit status and last line."""
+
+
+def in_process(script: str, job: Any) -> dict[str, Any]:
+    """What `script --job` prints as its last line, run in a new process; `job` is a dataclass."""
+    command = [sys.executable, script, "--job", json.dumps(dataclasses.asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = ["", *done.stderr.split("\n")]
+        reason = next((line for line in reversed(last) if line.strip()), "no output")
+        raise ProcessFailed(f"exit status {done.returncode}: {reason[:160]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def copy_bandwidth() -> float:

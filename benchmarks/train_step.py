@@ -47,7 +47,6 @@ import json
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -61,8 +60,10 @@ import efficient_densenet
 from common import (
     DENSENETS,
     RESULTS,
+    ProcessFailed,
     TrainStep,
     gigabytes,
+    in_process,
     markdown_table,
     origin,
     origin_lines,
@@ -312,23 +313,36 @@ def expected_logits(job: Job) -> Tensor:
         return train_step(job, "plain").forward()
 
 
+def configure(job: Job) -> None:
+    """Torch's settings for this precision."""
+    set_tf32(PRECISIONS[job.precision].tf32)
+    torch.backends.cudnn.benchmark = job.cudnn_benchmark
+
+
+def warm_step(job: Job) -> TrainStep:
+    configure(job)
+    step = train_step(job, job.row)
+    for _ in range(job.warmup):
+        step()
+    return step
+
+
 def checked_step(job: Job) -> tuple[TrainStep, float]:
     """A warm step, and the relative error of its first logits.
 
     Raises:
         NotTimed: the error is over the tolerance of the precision.
     """
-    precision = PRECISIONS[job.precision]
-    set_tf32(precision.tf32)
-    torch.backends.cudnn.benchmark = job.cudnn_benchmark
+    configure(job)
+    tolerance = PRECISIONS[job.precision].tolerance
     expected = expected_logits(job).double()
     gc.collect()
     torch.cuda.empty_cache()  # plain's memory is not to count as reserved
     step = train_step(job, job.row)
     error = ((step().double() - expected).norm() / expected.norm()).item()
-    if not error <= precision.tolerance:
+    if not error <= tolerance:
         raise NotTimed(
-            f"not timed: logits differ from plain's by {error:.1e}, more than {precision.tolerance}"
+            f"not timed: logits differ from plain's by {error:.1e}, more than {tolerance}"
         )
     for _ in range(job.warmup):
         step()
@@ -406,14 +420,11 @@ def summary(error: BaseException) -> str:
 
 
 def measure_in_process(job: Job) -> Row:
-    """`measure` in a new process, which prints the row as its last line."""
-    command = [sys.executable, __file__, "--job", json.dumps(dataclasses.asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        last = ["", *done.stderr.split("\n")]
-        reason = next((line for line in reversed(last) if line.strip()), "no output")
-        return Row.of(job, note=f"exit status {done.returncode}: {reason[:160]}")
-    return Row(**json.loads(done.stdout.splitlines()[-1]))
+    """`measure` in a new process."""
+    try:
+        return Row(**in_process(__file__, job))
+    except ProcessFailed as failure:
+        return Row.of(job, note=str(failure))
 
 
 # ------------------------------------------------------------------------------------ profiling
