@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from ._arguments import RECOMPUTE, check_tensor, computed_dtype
+from ._arguments import RECOMPUTE, check_tensor, computed_dtype, in_autocast
 from .batch_norm import BatchNorm
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .dense_block import DenseLayer, Plan
@@ -87,7 +87,7 @@ def _why_not_convolution(conv: Any, x: Tensor, pointwise: bool) -> str | None:
     weight = conv.weight
     if weight.device != x.device:
         return f"convolution is on {weight.device}, its input on {x.device}"
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype != x.dtype and not in_autocast(x):
         return f"convolution has {weight.dtype}, its input {x.dtype}"
     return None
 
@@ -242,12 +242,10 @@ class _State:
     """
 
     def __init__(self, x: Tensor, *modules: nn.Module | None) -> None:
-        kind = x.device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         self.objects: list[object] = []
         self.facts: list[object] = [
             x.dtype, x.device, x.dim(), x.size(1), min(x.shape[2:], default=0) < 2,
-            torch.get_autocast_dtype(kind) if autocast else None, _any_global_hook(),
+            torch.get_autocast_dtype(x.device.type) if in_autocast(x) else None, _any_global_hook(),
         ]  # fmt: skip
         objects, facts = self.objects, self.facts
         remaining = [module for module in modules if module is not None]
