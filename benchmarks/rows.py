@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ from common import (
 
 class NotTimed(Exception):
     """A row's result is not that of plain; the message says by how much."""
+
+
+class ProcessFailed(Exception):
+    """A script ended with an error; the message is its exit status and last line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +89,22 @@ class JobRow:
     @classmethod
     def in_process(cls, job: Job, script: str) -> Self:
         """The row that `script --job` prints as its last line, in a new process."""
-        command = [sys.executable, script, "--job", json.dumps(dataclasses.asdict(job))]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            last = ["", *done.stderr.split("\n")]
-            reason = next((line for line in reversed(last) if line.strip()), "no output")
-            return cls.of(job, note=f"exit status {done.returncode}: {reason[:160]}")
-        return cls(**json.loads(done.stdout.splitlines()[-1]))
+        try:
+            return cls(**in_process(script, job))
+        except ProcessFailed as failure:
+            return cls.of(job, note=str(failure))
+
+
+def in_process(script: str, job: Job) -> dict[str, Any]:
+    """What `script --job` prints as its last line, run in a new process."""
+    command = [sys.executable, script, "--job", json.dumps(dataclasses.asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = ["", *done.stderr.split("\n")]
+        reason = next((line for line in reversed(last) if line.strip()), "no output")
+        raise ProcessFailed(f"exit status {done.returncode}: {reason[:160]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def measure_each(row: type[JobRow], jobs: list[Job], script: str) -> Iterator[list]:
@@ -130,22 +144,35 @@ def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> tuple[Forwar
     Raises:
         NotTimed: the error is over the tolerance of the precision.
     """
-    precision = PRECISIONS[job.precision]
-    set_tf32(precision.tf32)
-    torch.backends.cudnn.benchmark = job.cudnn_benchmark
+    _configure(job)
+    tolerance = PRECISIONS[job.precision].tolerance
     with torch.no_grad():
         expected = build(job, "plain").forward()
     gc.collect()
     torch.cuda.empty_cache()  # plain's memory is not to count as reserved
     step = build(job, job.row)
     error = relative_error(step(), expected)
-    if not error <= precision.tolerance:
+    if not error <= tolerance:
         raise NotTimed(
-            f"not timed: logits differ from plain's by {error:.1e}, more than {precision.tolerance}"
+            f"not timed: logits differ from plain's by {error:.1e}, more than {tolerance}"
         )
     for _ in range(job.warmup):
         step()
     return step, error
+
+
+def warm_step(job: Job, build: Callable[[Job, str], Forward]) -> Forward:
+    """The same without plain, which takes memory as well."""
+    _configure(job)
+    step = build(job, job.row)
+    for _ in range(job.warmup):
+        step()
+    return step
+
+
+def _configure(job: Job) -> None:
+    set_tf32(PRECISIONS[job.precision].tf32)
+    torch.backends.cudnn.benchmark = job.cudnn_benchmark
 
 
 def times_ms(function: Callable[[], object], count: int) -> list[float]:

@@ -202,6 +202,12 @@ def check_block_arguments(
     return dtype
 
 
+def in_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x. (It does not know the meta device.)"""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def computed_dtype(x: Tensor) -> torch.dtype:
     """What x is computed in."""
     return _autocast_dtype(x) or x.dtype
@@ -209,10 +215,9 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What x is cast to where autocast is on; like torch, it leaves float64 alone."""
-    kind = x.device.type
-    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not in_autocast(x):
         return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _check_convolutions(

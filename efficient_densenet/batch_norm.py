@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from . import _extension  # noqa: F401  registers the operators
 
@@ -38,6 +37,9 @@ class BatchNorm(NamedTuple):
 
 class RunningStatistics:
     """The running statistics of several norms, which move by one batch in one launch.
+
+    Their versions stay, as with torch's batch norm. That keeps them for its backward pass, which it
+    would refuse where a norm runs once as a plain module and once here.
 
     Args:
         norms: training norms, each with its first channel among those of :meth:`update`.
@@ -87,6 +89,4 @@ class RunningStatistics:
         self._move(mean, var, rows, tensors)
         if not self._is_contiguous:
             for tensor, used in zip(self._all, sum(tensors, []), strict=True):
-                tensor.copy_(used)
-        # The kernels write through a pointer, which autograd does not see.
-        increment_version(self._all)
+                tensor.data.copy_(used)

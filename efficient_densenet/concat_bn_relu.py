@@ -270,7 +270,8 @@ def _forward(
     y = _allocate(settings, used)
     if not settings.training:
         assert running_mean is not None and running_var is not None  # checked
-        mean, var = running_mean.double(), running_var.double()
+        # Copies: a later batch moves the running statistics, which marks nothing as modified.
+        mean, var = (x.to(torch.float64, copy=True) for x in (running_mean, running_var))
     elif y.numel() == 0:  # like F.batch_norm, which leaves the running statistics alone
         mean = var = torch.ones(y.size(1), dtype=torch.float64, device=y.device)
     else:

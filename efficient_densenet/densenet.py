@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from ._arguments import RECOMPUTE, check_tensor, computed_dtype
+from ._arguments import RECOMPUTE, check_tensor, computed_dtype, in_autocast
 from .batch_norm import BatchNorm
 from .bn_relu_max_pool import bn_relu_max_pool
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
@@ -89,7 +89,7 @@ def _why_not_convolution(conv: Any, x: Tensor, pointwise: bool) -> str | None:
     weight = conv.weight
     if weight.device != x.device:
         return f"convolution is on {weight.device}, its input on {x.device}"
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype != x.dtype and not in_autocast(x):
         return f"convolution has {weight.dtype}, its input {x.dtype}"
     return None
 
@@ -258,11 +258,9 @@ class _DenseLayer(nn.Module):
 
 
 def _input_facts(x: Tensor) -> tuple[object, ...]:
-    kind = x.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     return (
         x.dtype, x.device, x.dim(), x.size(1), min(x.shape[2:], default=0) < 2,
-        torch.get_autocast_dtype(kind) if autocast else None, _any_global_hook(),
+        torch.get_autocast_dtype(x.device.type) if in_autocast(x) else None, _any_global_hook(),
     )  # fmt: skip
 
 

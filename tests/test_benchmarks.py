@@ -22,6 +22,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import common  # noqa: E402
 import inference  # noqa: E402
 import kernels  # noqa: E402
+import largest_batch  # noqa: E402
 import loss_curves  # noqa: E402
 import memory_vs_depth  # noqa: E402
 import train_step  # noqa: E402
@@ -214,6 +215,8 @@ def test_choice_of_rows():
         (loss_curves, "--device cpu --config densenet121", "not for images of 32x32"),
         (loss_curves, "--plot missing.json", "no file missing.json"),
         (memory_vs_depth, "", "torch sees no GPU"),
+        (largest_batch, "", "torch sees no GPU"),
+        (largest_batch, "--config bc100 --rows ours", "given together, or none of them"),
         (memory_vs_depth, "--device cpu --depths 2 4 4 6", "four different depths or more"),
         (memory_vs_depth, "--plot missing.json", "no file missing.json"),
     ],
@@ -231,6 +234,132 @@ def test_commit_of_a_copy(monkeypatch):
     source = common.origin("cpu", "python benchmarks/train_step.py")
     assert source["commit"] == "0123abc"
     assert "commit 0123abc\n- `python benchmarks/train_step.py`" in common.origin_lines(source)
+
+
+# --------------------------------------------------------------------------------- largest_batch
+
+
+@pytest.mark.parametrize("guess", [0, 1, 5, 40])
+def test_count_that_fit(guess):
+    for count in range(60):
+        asked = []
+
+        def fits(index, count=count, asked=asked):
+            asked.append(index)
+            return index < count
+
+        assert largest_batch.count_that_fit(fits, guess) == count
+        assert asked[0] == guess and len(asked) == len(set(asked))
+        if abs(count - guess) < 2:
+            assert len(asked) <= 4
+
+
+def test_candidates():
+    sizes = largest_batch.candidates()
+    assert sizes[:100] == list(range(1, 101))
+    steps = [b / a for a, b in zip(sizes[100:], sizes[101:], strict=False)]
+    assert min(steps) > 1.01 and max(steps) <= 1.02
+    assert largest_batch.small_batches(common.NETWORKS["densenet121-3d"]) == (1, 2)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Of 80 GB, whose attempts take what `needs(job)` says; those that came are in the list."""
+    attempts = []
+
+    def install(needs, note="out of memory"):
+        def attempt(job):
+            attempts.append(job)
+            if needs(job) > 80e9:
+                return largest_batch.Trial(job.batch, note=note)
+            return largest_batch.Trial(job.batch, 2.0 * job.batch, needs(job), int(80e9))
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(largest_batch, "origin", lambda device, *a: common.origin("cpu", *a))
+        monkeypatch.setattr(largest_batch, "attempt_in_process", attempt)
+        return attempts
+
+    return install
+
+
+@pytest.mark.parametrize("fixed", [0, 2e9])
+@pytest.mark.parametrize("per_sample", [30e6, 900e6, 7e9])
+def test_search(fake_gpu, fixed, per_sample):
+    attempts = fake_gpu(lambda job: fixed + per_sample * job.batch)
+    arguments = "--config densenet121-3d --precision bf16 --rows monai"
+    (job,) = largest_batch.jobs(largest_batch.parse(arguments.split()))
+    row = largest_batch.search(job)
+    exact = (80e9 - fixed) / per_sample
+    assert row.batch <= exact < row.next_batch <= max(row.batch + 1, 1.02 * row.batch)
+    assert row.next_note == "out of memory" and row.note == ""
+    assert row.samples_per_s == pytest.approx(500)
+    assert [a.checks for a in attempts] == [True, True] + [False] * (len(attempts) - 2)
+    assert len(attempts) <= 6
+
+
+def test_table_of_largest_batches(fake_gpu, tmp_path, capsys):
+    def needs(job):
+        return job.batch * (10e9 if job.row == "plain" else 1e9)
+
+    arguments = f"--config densenet121 --precision bf16 --rows plain ours --out {tmp_path}"
+    attempts = fake_gpu(needs)
+    assert largest_batch.main(arguments.split()) == 0
+    assert {a.device for a in attempts} == {"cuda"} and not any(a.cudnn_benchmark for a in attempts)
+    content = json.loads((tmp_path / "largest_batch.json").read_text())
+    rows = content["runs"][0]["rows"]
+    assert rows[0]["batch"] is None and rows[0]["note"] == "batch 20: out of memory"
+    assert (rows[1]["batch"], rows[1]["next_batch"]) == (80, 81)
+    assert arguments in content["runs"][0]["origin"]["command"]
+    text = (tmp_path / "largest_batch.md").read_text()
+    assert capsys.readouterr().out == f"{text}\n"
+    (line,) = [line for line in text.splitlines() if "| ours" in line]
+    cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+    numbers = ["80", "160.0", "500.0", "80.000", "81: out of memory", ""]
+    assert cells == ["densenet121", "bf16", "ours", *numbers]
+    # Another run, in which ours is not right.
+    fake_gpu(lambda job: 90e9, note="not timed: logits differ")
+    assert largest_batch.main([*arguments.split(), "--append"]) == 1
+    runs = json.loads((tmp_path / "largest_batch.json").read_text())["runs"]
+    assert runs[0] == content["runs"][0] and len(runs) == 2
+    assert "not timed" in (tmp_path / "largest_batch.md").read_text()
+
+
+def test_attempts_that_fail(tiny, monkeypatch, capsys):
+    job = largest_batch.Attempt(**vars(tiny("nobody")))
+    assert largest_batch.main(["--job", json.dumps(vars(job))]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == vars(largest_batch.Trial(4, note="KeyError: 'nobody'"))
+    monkeypatch.setattr(sys, "executable", "false")
+    trial = largest_batch.attempt_in_process(job)
+    assert trial == largest_batch.Trial(4, note="exit status 1: no output")
+
+
+def test_published_largest_batches(fake_gpu):
+    fake_gpu(None)
+    jobs = largest_batch.jobs(largest_batch.parse([]))
+    assert [str(job) for job in jobs[3:5]] == [
+        "densenet264 bf16 ours-features",
+        "densenet121-3d bf16 monai",
+    ]
+    assert len(jobs) == 6
+
+
+@requires_cuda
+def test_largest_batch_of_a_gpu(tiny, monkeypatch):
+    """With 1 GB of it, in this process: what a failed attempt took has to be free again."""
+    limit = 10**9
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (limit, limit))
+        monkeypatch.setattr(largest_batch, "attempt_in_process", largest_batch.attempt)
+        row = largest_batch.search(tiny("ours", device="cuda"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert row.next_note == "out of memory" and row.step_ms > 0
+    assert 0.6 * limit < row.peak_bytes < limit
+    assert row.batch < row.next_batch <= 1.02 * row.batch
 
 
 # ------------------------------------------------------------------------------- memory_vs_depth

@@ -215,6 +215,18 @@ def test_running_statistics_of_other_strides_are_updated(device):
     assert torch.equal(strided, expected)
 
 
+def test_running_statistics_that_move_before_the_backward_pass(device):
+    """The gradient is that of the statistics which were used."""
+    problem = make_problem([3, 4], (5, 2, 3), torch.float64, device, training=False)
+    expected = run(concat_bn_relu, problem)["grad_features[0]"]
+    x = [feature.clone().requires_grad_() for feature in problem.features]
+    norm = problem.running_mean, problem.running_var, problem.weight, problem.bias
+    y = concat_bn_relu(x, *norm, training=False)
+    concat_bn_relu([2 * feature.detach() for feature in x], *norm, training=True)
+    y.backward(problem.grad_y)
+    torch.testing.assert_close(x[0].grad, expected)
+
+
 def test_running_statistics_are_updated_once(device):
     problem = make_problem([4, 3], (6, 5, 5), torch.float32, device)
     running = [torch.zeros(7, device=device), torch.ones(7, device=device)]

@@ -32,6 +32,7 @@ from efficient_densenet import (
 )
 from reference import assert_error_rule, compare, kept_bytes, relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = """
 import torch
 import torch.nn as nn
@@ -330,6 +331,20 @@ def test_gradient_of_the_input_and_accumulation(device):
         for _ in range(2):
             each(leaf).square().sum().backward()
         found.append({"x": leaf.grad} | {n: p.grad for n, p in each.named_parameters()})
+    assert_same(*found)
+
+
+def test_a_norm_that_runs_plainly_and_fused(device):
+    """In one graph: module by module, as timm's forward_intermediates does it, and as a whole."""
+    model, x = build("torchvision", device), images("torchvision", device)
+    found = []
+    for each in (copy.deepcopy(model), convert(model)):
+        y = x
+        for module in each.features:
+            y = module(y)
+        (y.square().sum() + each(x).square().sum()).backward()
+        found.append({name: p.grad for name, p in each.named_parameters()})
+        found[-1] |= {name: t.clone() for name, t in each.state_dict().items()}
     assert_same(*found)
 
 

@@ -516,6 +516,8 @@ def test_a_block_on_another_device_or_of_another_dtype_says_so():
     assert block.why_not_fused(x) is None
     assert "torch.float32, its input torch.float64" in block.why_not_fused(x.double())
     assert "on cpu, its input on meta" in block.why_not_fused(x.to("meta"))
+    block, x = block.to("meta"), x.to("meta")
+    assert "torch.float32, its input torch.float64" in block.why_not_fused(x.double())
 
 
 @pytest.mark.parametrize(

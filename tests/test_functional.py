@@ -16,6 +16,7 @@ from efficient_densenet import (
 )
 from reference import relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = torch.ops.efficient_densenet
 
 
