@@ -50,8 +50,9 @@ template <typename T, int kRowTiles, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kRowTiles, kTiles))
     bn_relu_conv1x1_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> x, BatchNorm bn,
-                           const uint4* weight, const __grid_constant__ Rows<T> z,
-                           double* partial_mean, double* partial_m2) {
+                           const uint4* weight, const float* bias,
+                           const __grid_constant__ Rows<T> z, double* partial_mean,
+                           double* partial_m2) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kOutputs = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
   extern __shared__ uint4 shared[];
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     }
     if (++chunk < chunks) continue;
 
-    store_tile<T>(sums, z, row, end, first_output, sizes.outputs,
+    store_tile<T>(sums, z, row, end, first_output, sizes.outputs, bias,
                   partial_mean ? &moments : nullptr);
     chunk = 0;
     row += tile_rows;
@@ -251,8 +252,29 @@ __global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weigh
                            pair_column(p % (2 * kTileColumns));
     const int64_t n = shape.forward ? column : k, c = shape.forward ? k : column;
     const bool inside = n < weights.outputs && c < channels;
-    packed[i] = inside ? to_operand(from[n * channels + c]) : narrow<T>(0.0f);
+    float value = inside ? widen(from[n * channels + c]) : 0;
+    if (inside && weights.scale != nullptr)
+      value *= weights.scale[blockIdx.y * weights.outputs + n];
+    packed[i] = to_operand(narrow<T>(value));
   }
+}
+
+// Norms of a launch: their eps are kernel parameters.
+constexpr int kFoldedNorms = 128;
+struct FoldedEps {
+  double values[kFoldedNorms];
+};
+
+__global__ void fold_norms_kernel(BatchNorm bn, const __grid_constant__ FoldedEps eps,
+                                  int64_t channels, int64_t begin, int64_t total, float* scale,
+                                  float* bias) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= total) return;
+  const int64_t c = begin + i;
+  const double inverse_std = 1 / sqrt(bn.var[c] + eps.values[i / channels]);
+  const double factor = static_cast<const float*>(bn.weight)[c] * inverse_std;
+  scale[c] = static_cast<float>(factor);
+  bias[c] = static_cast<float>(static_cast<const float*>(bn.bias)[c] - bn.mean[c] * factor);
 }
 
 std::atomic<int64_t> limit_of_tests{0};
@@ -323,8 +345,22 @@ void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv
   });
 }
 
+void fold_norms(const Norms& norms, float* scale, float* bias, void* stream) {
+  const auto layers = static_cast<int64_t>(norms.eps.size());
+  for (int64_t first = 0; first < layers; first += kFoldedNorms) {
+    const auto count = static_cast<int>(std::min<int64_t>(layers - first, kFoldedNorms));
+    FoldedEps eps{};
+    std::copy_n(norms.eps.begin() + first, count, eps.values);
+    const int64_t begin = first * norms.channels, total = count * norms.channels;
+    fold_norms_kernel<<<ceil_div(total, kThreads), kThreads, 0,
+                        static_cast<cudaStream_t>(stream)>>>(norms.bn, eps, norms.channels, begin,
+                                                             total, scale, bias);
+    check(cudaGetLastError(), "fold_norms_kernel");
+  }
+}
+
 void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* weight,
-                     int64_t outputs, const View& z, const Statistics* moments) {
+                     int64_t outputs, const float* bias, const View& z, const Statistics* moments) {
   const Groups groups(problem.rows.count, outputs);
   const Warps warps =
       choose_warps(problem.rows.count, groups.tiles, problem.channels, problem.element);
@@ -344,7 +380,7 @@ void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* we
     const int64_t bytes = warps.shared_bytes(kTiles, problem.channels, problem.element);
     kKernel<<<dim3(chunking.chunks, groups.groups), warps.warps * kWarp, bytes,
               static_cast<cudaStream_t>(problem.stream)>>>(
-        sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight),
+        sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight), bias,
         Rows<T>(z, 4), partial_mean, partial_m2);
     check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
   };
