@@ -24,6 +24,14 @@ enum class WeightLayout { kForward, kGradInput };
 struct Conv1x1Weights {
   const void* data;
   int64_t layers, outputs, channels_in, growth;
+  const float* scale;  // [L, N]: of the rows, or null
+};
+
+// L norms of N channels each, one after the other; bn.eps is not used.
+struct Norms {
+  BatchNorm bn;
+  const std::vector<double>& eps;  // [L]
+  int64_t channels;                // N
 };
 
 namespace cuda {
@@ -41,9 +49,13 @@ int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t rows,
 void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv1x1Weights& weights,
                   void* packed, void* stream);
 
-// `weight` is packed, kForward. `moments` (without copy) may be null: they are of z as stored.
+// `weight` is packed, kForward. `moments` (without copy) may be null: they are of z as stored. With
+// a bias [N], z is relu(. + bias), as an operand.
 void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* weight,
-                     int64_t outputs, const View& z, const Statistics* moments);
+                     int64_t outputs, const float* bias, const View& z, const Statistics* moments);
+
+// bn(z) = scale z + bias, of norms whose statistics are known beforehand; scale and bias [L, N].
+void fold_norms(const Norms& norms, float* scale, float* bias, void* stream);
 
 // `weight` is packed, kGradInput. Of the reader, grad_y is grad_z, whose rows are all of M.
 void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, const void* weight,

@@ -48,9 +48,11 @@ int64_t packed_conv3x3_bytes(Element element, bool grad_input, int64_t outputs, 
 void pack_conv3x3(Element element, bool grad_input, const Conv3x3Weights& weights, void* packed,
                   void* stream);
 
-// In all of these the problem is z. `moments` are of y as stored; null: not wanted.
-void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, const ImageSize& image,
-                     const void* weight, int64_t outputs, const View& y, const Statistics* moments);
+// In all of these the problem is z. `moments` are of y as stored; null: not wanted. Where z
+// `is_normalised`, it holds relu(bn(z)) already, as operands.
+void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, bool is_normalised,
+                     const ImageSize& image, const void* weight, int64_t outputs, const View& y,
+                     const Statistics* moments);
 
 // Elements from row to row of grad_y below.
 int64_t conv3x3_grad_pitch(Element element, int64_t outputs);

@@ -48,10 +48,11 @@ int64_t packed_conv1x1_bytes(Element, WeightLayout, int64_t, int64_t, int64_t) {
 void pack_conv1x1(Element, WeightLayout, int64_t, const Conv1x1Weights&, void*, void*) {
   fail_without_cuda();
 }
-void bn_relu_conv1x1(const Problem&, const BatchNorm&, const void*, int64_t, const View&,
-                     const Statistics*) {
+void bn_relu_conv1x1(const Problem&, const BatchNorm&, const void*, int64_t, const float*,
+                     const View&, const Statistics*) {
   fail_without_cuda();
 }
+void fold_norms(const Norms&, float*, float*, void*) { fail_without_cuda(); }
 void bn_relu_conv1x1_grad_input(const Problem&, const BatchNorm&, const void*, int64_t,
                                 const Reader&) {
   fail_without_cuda();
@@ -64,7 +65,7 @@ std::string why_no_conv3x3(int, Element, int64_t, int64_t, int64_t) {
 }
 int64_t packed_conv3x3_bytes(Element, bool, int64_t, int64_t) { fail_without_cuda(); }
 void pack_conv3x3(Element, bool, const Conv3x3Weights&, void*, void*) { fail_without_cuda(); }
-void bn_relu_conv3x3(const Problem&, const BatchNorm&, const ImageSize&, const void*, int64_t,
+void bn_relu_conv3x3(const Problem&, const BatchNorm&, bool, const ImageSize&, const void*, int64_t,
                      const View&, const Statistics*) {
   fail_without_cuda();
 }

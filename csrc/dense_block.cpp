@@ -63,7 +63,7 @@ class Block {
  public:
   explicit Block(const Arguments& arguments);
 
-  void forward(const std::optional<Tensor>& y);
+  void forward(bool inference, const std::optional<Tensor>& y);
   void backward(const Tensor& grad_features, const std::optional<Tensor>& grad_y,
                 const std::optional<Tensor>& grad_x, const Tensor& grad_affine,
                 const std::optional<Tensor>& grad_conv1, const std::vector<int64_t>& wants_conv1,
@@ -123,6 +123,8 @@ class Block {
   Tensor conv1(const Tensor& packed, int64_t layer) const;
   bool on_tensor_cores() const { return arguments_.conv1x1 == Conv1x1::kTensorCores; }
   void check_tensor_cores() const;
+  bool uses_batch_statistics() const;
+  void fold_norm2();
   void pack_conv1(WeightLayout layout);
   void pack_conv2(bool grad_input);
   ImageSize image() const { return {spatial_[0], spatial_[1]}; }
@@ -168,8 +170,9 @@ class Block {
   std::vector<Norm> norms_;
   int64_t affine_count_ = 0, frozen_count_ = 0;
   std::optional<Tensor> a1_, a2_, z_, grad_z_, added_;  // scratch
-  Packed packed_conv1_[2];                              // by WeightLayout
-  Packed packed_conv2_[2];                              // by whether it is for the gradient
+  std::optional<Tensor> folded_;  // norm2 of each layer: scale, bias [2, L, B]
+  Packed packed_conv1_[2];        // by WeightLayout
+  Packed packed_conv2_[2];        // by whether it is for the gradient
 };
 
 void check(bool condition, const Arguments& arguments, const char* what) {
@@ -464,7 +467,8 @@ void Block::pack_conv1(WeightLayout layout) {
         cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l)));
   }
   cuda::pack_conv1x1(element_, layout, rows_,
-                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_},
+                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_,
+                      folded_ ? static_cast<const float*>(folded_->data_ptr()) : nullptr},
                      packed_conv1_[static_cast<int>(layout)].allocate(bytes, device_),
                      launch_.stream());
 }
@@ -477,14 +481,35 @@ void Block::pack_conv2(bool grad_input) {
                      packed_conv2_[grad_input].allocate(bytes, device_), launch_.stream());
 }
 
+bool Block::uses_batch_statistics() const {
+  return std::any_of(norms_.begin(), norms_.end(),
+                     [](const Norm& n) { return n.batch_statistics; });
+}
+
+// Where each norm2 has its statistics and nobody keeps z, conv1 writes relu(norm2(z)): the scale
+// goes into its weight, and the rest is a bias.
+void Block::fold_norm2() {
+  folded_ = empty({2 * layers_ * bottleneck_}, ScalarType::Float, device_);
+  auto* const scale = static_cast<float*>(folded_->data_ptr());
+  const std::vector<double> eps(arguments_.eps.begin() + layers_,
+                                arguments_.eps.begin() + 2 * layers_);
+  // Their numbers lie one after the other.
+  cuda::fold_norms({norms_[layers_].bn, eps, bottleneck_}, scale, scale + layers_ * bottleneck_,
+                   launch_.stream());
+}
+
 // z = relu(norm1(x)) conv1, and its moments where they are wanted.
 void Block::bottleneck(int64_t layer, const Matrix& z, const Statistics* moments) {
   const int64_t channels = channels_before(layer);
   if (on_tensor_cores()) {
     Problem p = problem(features_, rows_, channels);
+    const float* bias = nullptr;
+    if (folded_) {
+      bias = static_cast<const float*>(folded_->data_ptr()) + (layers_ + layer) * bottleneck_;
+    }
     return launch_(cuda::bn_relu_conv1x1, p, norms_[layer].bn,
                    packed_conv1_[static_cast<int>(WeightLayout::kForward)].at(layer), bottleneck_,
-                   view(z), moments);
+                   bias, view(z), moments);
   }
   const Tensor weight = conv1(arguments_.conv1, layer);
   const Tensor transposed = transpose(weight);
@@ -513,10 +538,10 @@ void Block::forward_layer(int64_t layer) {
   const View to = view(at(features_, 0, begin));
   if (arguments_.conv3x3) {
     const Statistics added{mean_ + begin, var_ + begin, nullptr};
-    const Statistics* const wanted = &added;
+    const Statistics* const wanted = uses_batch_statistics() ? &added : nullptr;
     Problem p = problem(z, rows_, bottleneck_);
-    return launch_(cuda::bn_relu_conv3x3, p, norm2.bn, image(), packed_conv2_[false].at(layer),
-                   growth_, to, wanted);
+    return launch_(cuda::bn_relu_conv3x3, p, norm2.bn, folded_.has_value(), image(),
+                   packed_conv2_[false].at(layer), growth_, to, wanted);
   }
   const Matrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
   normalise(norm2, z, rows_, a2);
@@ -556,10 +581,12 @@ Pooling Block::pooling() const {
   return pooling;
 }
 
-void Block::forward(const std::optional<Tensor>& y) {
+void Block::forward(bool inference, const std::optional<Tensor>& y) {
+  const bool trains = uses_batch_statistics();
+  if (inference && arguments_.conv3x3 && !trains) fold_norm2();
   if (on_tensor_cores()) pack_conv1(WeightLayout::kForward);
   if (arguments_.conv3x3) pack_conv2(false);
-  take_statistics(features_, channels_in_, mean_, var_, nullptr);
+  if (trains) take_statistics(features_, channels_in_, mean_, var_, nullptr);
   for (int64_t l = 0; l < layers_; ++l) forward_layer(l);
   if (!y) return;
   check_reader(*y, "y: expected the rows and channels of the last reader's result");
@@ -839,7 +866,7 @@ void dense_block(const Tensor& features, const std::optional<Tensor>& bottleneck
                  const Tensor& affine, const std::optional<Tensor>& frozen,
                  const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                  const std::optional<Tensor>& dropout_mask, double dropout_scale, int64_t conv1x1,
-                 bool conv3x3, const std::optional<Tensor>& y, int64_t pool) {
+                 bool conv3x3, bool inference, const std::optional<Tensor>& y, int64_t pool) {
   const Arguments arguments{"efficient_densenet::dense_block",
                             features,
                             bottlenecks,
@@ -855,7 +882,7 @@ void dense_block(const Tensor& features, const std::optional<Tensor>& bottleneck
                             conv1x1_of(conv1x1),
                             conv3x3,
                             pool_of(pool)};
-  Block(arguments).forward(y);
+  Block(arguments).forward(inference, y);
 }
 
 void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& grad_features,
@@ -936,7 +963,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
       "dense_block(Tensor(a!) features, Tensor(b!)? bottlenecks, Tensor(c!) statistics, "
       "Tensor conv1, Tensor conv2, Tensor affine, Tensor? frozen, int[] frozen_norms, "
       "float[] eps, Tensor? dropout_mask, float dropout_scale, int conv1x1, bool conv3x3, "
-      "Tensor(d!)? y, int pool) -> ()");
+      "bool inference, Tensor(d!)? y, int pool) -> ()");
   m.def(
       "dense_block_backward(Tensor? grad_y, Tensor(a!) grad_features, Tensor(b!)? grad_x, "
       "Tensor features, Tensor? bottlenecks, Tensor statistics, Tensor conv1, Tensor conv2, "

@@ -270,7 +270,7 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
         _ops.dense_block(
             features, bottlenecks, statistics, _pack_conv1(plan.conv1, plan.dtype),
             _pack_conv2(plan.conv2, plan.dtype), *_settings(plan, kept),
-            result if plan.reads else None, plan.pool,
+            not keeps, result if plan.reads else None, plan.pool,
         )  # fmt: skip
     # Last, so that an error leaves them as they were.
     plan.running_statistics.update(statistics[0], statistics[1], rows)

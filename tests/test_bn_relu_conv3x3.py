@@ -433,3 +433,43 @@ def test_why_not():
     x = torch.randn(2, 40, 4, 4)
     assert "cpu" in why_not_conv3x3(x, (3, 3), 12, 48, False)
     assert "CPU" in _C.why_no_conv3x3(0, 2, 12, 48, 4) or torch.cuda.is_available()
+
+
+@requires_tensor_cores
+@by_dtype
+def test_evaluation_folds_norm2(dtype, tf32):
+    """Into conv1, where nothing is kept; as exact as plain modules."""
+    torch.manual_seed(0)
+    block = DenseBlock(5, 16, 12).cuda()
+    for module in block.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+    plain = DenseBlock(5, 16, 12, efficient=False).cuda()
+    plain.load_state_dict(block.state_dict())
+    block.to(dtype).eval(), plain.to(dtype).eval()
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(4, 16, 19, 13, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        folded, theirs = block(x), plain(x)
+        assert kernels_of(lambda: block(x), ["fold_norms_kernel"])
+    assert not kernels_of(lambda: block(x.requires_grad_()), ["fold_norms_kernel"])
+    exact = plain.double()(x.double())
+    limit = 2 * relative_error(theirs, exact) + 4 * EPS[dtype]
+    assert relative_error(folded, exact) <= limit
+    assert relative_error(block(x), exact) <= limit
+
+
+@requires_tensor_cores
+def test_training_without_gradients_folds_nothing():
+    """norm2 then normalises by the batch."""
+    block = DenseBlock(2, 16, 12).cuda().bfloat16()
+    x = torch.randn(4, 16, 9, 9, device="cuda", dtype=torch.bfloat16)
+    expected = block(x)
+    with torch.no_grad():
+        assert torch.equal(block(x), expected)
+        for layer in block.children():
+            layer.norm2.eval()  # but not norm1
+        assert not kernels_of(lambda: block(x), ["fold_norms_kernel"])

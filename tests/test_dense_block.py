@@ -178,11 +178,12 @@ def make_reader(problem, training):
     return norm._replace(bias=shift_to_a_gap(z, max(4 * eps, 1e-5)).to(norm.bias))
 
 
-def assert_reader_matches(problem, pool, training=True):
+def assert_reader_matches(problem, pool, training=True, factor=2):
     norm = make_reader(problem, training)
     ours, torchs = (read(f, problem, norm, pool) for f in (fused_reader, plain_reader))
     wide = problem.to(torch.float64), cast_norm(norm, torch.float64)
-    assert_error_rule(compare(ours, torchs, read(plain_reader, *wide, pool)), problem.x.dtype)
+    found = compare(ours, torchs, read(plain_reader, *wide, pool))
+    assert_error_rule(found, problem.x.dtype, factor)
     assert_same(read(fused_reader, problem, norm, pool), ours)
 
 
@@ -202,8 +203,9 @@ def test_reader(device, dtype, shape, pool, training):
 @pytest.mark.parametrize("shape", [(3, 300, 41), (1, 31, 33, 32)], ids=str)
 @by_dtype(torch.float64, torch.float32, torch.bfloat16)
 def test_averages_of_large_images(device, dtype, shape, all_threads):
+    """Up to three times torch's error in float32, why: docs/design.md, "The head"."""
     problem = make_block_problem(shape, dtype, device, num_layers=1, channels=125)
-    assert_reader_matches(problem, Pool.IMAGES)
+    assert_reader_matches(problem, Pool.IMAGES, factor=3 if dtype == torch.float32 else 2)
 
 
 # The convolution in front

@@ -51,12 +51,13 @@ struct SharedLayout {
   }
 };
 
-template <typename T, int kRowTiles, int kTiles>
+template <typename T, int kRowTiles, int kTiles, bool kIsNormalised>
 __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     bn_relu_conv3x3_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> z, BatchNorm bn,
                            const uint4* weight, const __grid_constant__ Rows<T> y,
                            double* partial_mean, double* partial_m2) {
+  wait_for_kernels_before();
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kWeights = kConv3x3Stage<kTiles>;
   extern __shared__ __align__(128) uint4 shared[];
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     commit_copies();
   };
   for (int i = 0; i + 1 < sizes.stages; ++i) copy(i);
-  norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
+  if constexpr (!kIsNormalised) norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
   float sums[kRowTiles][kTiles][4] = {};
@@ -111,19 +112,20 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     uint4* const stage = stages + i % sizes.stages * layout.stage;
     if (i == 0) __syncthreads();  // the norm's numbers
     wait_for_all_but(sizes.stages - 2);
-    // Each thread normalises what it has copied.
-    Channel<float> channels[kPiece<T>];
-    norm.get(channels, chunk * kChunk<T> + piece * kPiece<T>);
-    for (int s = threadIdx.x / kPieces; s < stretch; s += blockDim.x / kPieces) {
-      uint4& at = stage[place(s, piece)];
-      at = normalised<T>(at, channels);
+    if constexpr (!kIsNormalised) {  // each thread, what it has copied
+      Channel<float> channels[kPiece<T>];
+      norm.get(channels, chunk * kChunk<T> + piece * kPiece<T>);
+      for (int s = threadIdx.x / kPieces; s < stretch; s += blockDim.x / kPieces) {
+        uint4& at = stage[place(s, piece)];
+        at = normalised<T>(at, channels);
+      }
     }
     __syncthreads();  // this stage is ready, and nobody reads the one before
     copy(i + sizes.stages - 1);
     multiply_taps<T>(sums, stage, zeros, stage + stretch * kPieces, sizes.images,
                      warp * kRowTiles * kTileRows, inside, 2);
     if (chunk + 1 < chunks) continue;
-    store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs,
+    store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs, nullptr,
                   partial_mean ? &moments : nullptr);
   }
   if (partial_mean == nullptr) return;
@@ -167,6 +169,7 @@ struct PackedShape {
 template <typename T>
 __global__ void pack_conv3x3_kernel(const __grid_constant__ Conv3x3Weights weights,
                                     const __grid_constant__ PackedShape shape, T* packed) {
+  wait_for_kernels_before();
   constexpr int kWord = 4 / sizeof(T);  // elements
   const T* const from =
       static_cast<const T*>(weights.data) + blockIdx.y * weights.outputs * kTaps * weights.channels;
@@ -226,14 +229,13 @@ void pack_conv3x3(Element element, bool grad_input, const Conv3x3Weights& weight
   dispatch_operand(element, [&](auto tag) {
     using T = decltype(tag);
     const dim3 grid(std::min<int64_t>(ceil_div(shape.elements(), kThreads), 64), weights.layers);
-    pack_conv3x3_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        weights, shape, static_cast<T*>(packed));
-    check(cudaGetLastError(), "pack_conv3x3_kernel");
+    launch("pack_conv3x3_kernel", pack_conv3x3_kernel<T>, grid, kThreads, 0, stream, weights, shape,
+           static_cast<T*>(packed));
   });
 }
 
-void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, const ImageSize& image,
-                     const void* weight, int64_t outputs, const View& y,
+void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, bool is_normalised,
+                     const ImageSize& image, const void* weight, int64_t outputs, const View& y,
                      const Statistics* moments) {
   const int64_t rows = problem.rows.count;
   const auto layout = [&](const RowCut& cut) {
@@ -244,7 +246,9 @@ void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, const ImageSiz
   });
   int stages = 2;  // more where two blocks still fit
   while (stages < kMaxStages && 2 * layout(cut).bytes(stages + 1) <= shared_memory()) ++stages;
-  const int64_t rows_per_block = ceil_div(ceil_div(rows, cut.rows()), kBlocks) * cut.rows();
+  // Of few tiles one per block: blocks that are done make room for others.
+  const int64_t tiles = ceil_div(rows, cut.rows());
+  const int64_t rows_per_block = (tiles <= 2 * kBlocks ? 1 : ceil_div(tiles, kBlocks)) * cut.rows();
   const Chunking chunking{rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
   const Sizes sizes{ImageRows(problem, image), rows_per_block, static_cast<int>(problem.channels),
                     static_cast<int>(outputs), stages};
@@ -253,21 +257,24 @@ void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, const ImageSiz
     partial_mean = problem.workspace(2 * outputs * chunking.chunks);
     partial_m2 = partial_mean + outputs * chunking.chunks;
   }
-  const auto launch = [&](auto element, auto row_tiles_tag, auto tiles_tag) {
+  const auto run = [&](auto element, auto row_tiles, auto tiles_tag, auto normalised_tag) {
     using T = decltype(element);
     constexpr auto kKernel =
-        bn_relu_conv3x3_kernel<T, decltype(row_tiles_tag)::value, decltype(tiles_tag)::value>;
+        bn_relu_conv3x3_kernel<T, decltype(row_tiles)::value, decltype(tiles_tag)::value,
+                               decltype(normalised_tag)::value>;
     allow_shared<kKernel>();
-    kKernel<<<chunking.chunks, cut.warps * kWarp, layout(cut).bytes(stages),
-              static_cast<cudaStream_t>(problem.stream)>>>(
-        sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight),
-        Rows<T>(y, 4), partial_mean, partial_m2);
-    check(cudaGetLastError(), "bn_relu_conv3x3_kernel");
+    launch("bn_relu_conv3x3_kernel", kKernel, chunking.chunks, cut.warps * kWarp,
+           layout(cut).bytes(stages), problem.stream, sizes, Rows<const T>(problem.features[0].x),
+           bn, static_cast<const uint4*>(weight), Rows<T>(y, 4), partial_mean, partial_m2);
   };
   dispatch_operand(problem.element, [&](auto element) {
     dispatch_conv3x3_tiles(conv3x3_tiles(false, outputs), [&](auto tiles) {
-      if (cut.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tiles);
-      launch(element, std::integral_constant<int, 1>{}, tiles);
+      const auto with_row_tiles = [&](auto row_tiles) {
+        if (is_normalised) return run(element, row_tiles, tiles, std::true_type{});
+        run(element, row_tiles, tiles, std::false_type{});
+      };
+      if (cut.row_tiles == 2) return with_row_tiles(std::integral_constant<int, 2>{});
+      with_row_tiles(std::integral_constant<int, 1>{});
     });
   });
   if (moments == nullptr) return;

@@ -106,10 +106,11 @@ struct WarpMoments {
 };
 
 // Stores the tile whose row of this lane is `row`, the rows from `end` on excepted, and sets the
-// sums to 0. Moments are null where nobody wants them.
+// sums to 0. With a bias [outputs], relu(sums + bias) as an operand of the next product. Moments
+// are null where nobody wants them.
 template <typename T, int kRowTiles, int kTiles>
 __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& to, int64_t row,
-                           int64_t end, int first_output, int outputs,
+                           int64_t end, int first_output, int outputs, const float* bias,
                            WarpMoments<kTiles>* moments) {
   constexpr int kPairs = kTiles / 2, kOwnRows = 2 * kRowTiles;
   typename WarpMoments<kTiles>::Tile_ tile;
@@ -123,12 +124,21 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
   for (int pair = 0; pair < kPairs; ++pair) {
     const int place = pair * 2 * kTileColumns;
     const int count = count_before<4>(outputs, first_output + place + 4 * t);
+    float shifts[4] = {};
+    if (bias != nullptr) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (k < count) shifts[k] = bias[first_output + place + 4 * t + k];
+      }
+    }
     Pack<T, 4> values[kOwnRows];
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        values[r].values[k] = narrow<T>(sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2]);
+        const float sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
+        values[r].values[k] =
+            bias == nullptr ? narrow<T>(sum) : to_operand(narrow<T>(relu(sum + shifts[k])));
       }
       if (full || row + r * 8 < end) {
         store_row(first + r * 8 * to.stride + place, values[r], to.aligned, count);
