@@ -443,7 +443,7 @@ class DenseBlock(nn.Module):
         if norm is not reader:
             pool = Pool.WINDOWS
         weight = None if entry is None else entry.weight
-        return Plan(x, tensors, drop_rate, self.recompute, bn, pool, weight)
+        return Plan(x, tensors, drop_rate, self.recompute, bn, pool, entry=weight)
 
     def is_plainly_channels_last(self, x: Tensor) -> bool:
         """Whether the output would be channels-last with ``efficient=False``."""
@@ -712,20 +712,24 @@ class DenseNet(nn.Module):
         fuses = self.efficient and intermediates is None
         restores = self.efficient and self.training and self.drop_rate > 0
         modules: deque[Any] = deque(self.features.children())
+
+        def plan_next(x: Tensor, entry: nn.Module | None = None) -> Plan | None:
+            takes_part = fuses and not (restores and entry is not None)
+            return _plan(modules, x, averages, entry) if takes_part else None
+
         while modules:
-            plan = _plan(modules, x, averages) if fuses else None
-            module = modules.popleft()
+            plan, module = plan_next(x), modules.popleft()
             if isinstance(module, DenseBlock):
                 channels_last = restores and module.is_plainly_channels_last(x)
                 if plan is None:
                     y = module(x)
                 else:
-                    y, reader = _run_blocks(plan, x, modules, averages, follows=not restores)
-                    if not isinstance(reader, _Transition):  # the final norm
+                    y, conv = _run_blocks(plan, x, modules, plan_next)
+                    if conv is None:  # the final norm was last
                         return y
-                    y = reader.conv(y)
+                    y = conv(y)
                     channels_last = restores and convolution_is_channels_last(
-                        x, channels_last, reader.conv.weight, computed_dtype(x)
+                        x, channels_last, conv.weight, computed_dtype(x)
                     )
                 x = _in_format(y, channels_last) if restores else y
             elif fuses and len(modules) > 1 and _why_not_norm_relu(module, modules[0]) is None:
@@ -758,22 +762,30 @@ def _plan(
 
 
 def _run_blocks(
-    plan: Plan, x: Tensor, modules: deque[Any], averages: bool, follows: bool
+    plan: Plan,
+    x: Tensor,
+    following: deque[Any],
+    plan_next: Callable[[Tensor, nn.Module], Plan | None],
 ) -> tuple[Tensor, Any]:
-    """Runs a block with its last reader, which comes next.
+    """Runs a block with its last reader, the first of the modules that follow; and each block
+    behind a transition that can take the convolution of that.
 
-    And, with ``follows``, each block behind it that takes the convolution of the transition before.
-    Returns the last result and its reader; the convolution of a transition is still to run on it.
+    Args:
+        following: loses what has run.
+        plan_next: how the first two of them run as one, on the input of a convolution.
+
+    Returns:
+        The last result, and the convolution that is still to run on it; None for none.
     """
     while True:
-        x, reader = plan.run(x), modules.popleft()
-        following = None
-        if follows and isinstance(reader, _Transition):
-            following = _plan(modules, x, averages, entry=reader.conv)
-        if following is None:
-            return x, reader
-        modules.popleft()
-        plan = following
+        x, reader = plan.run(x), following.popleft()
+        if plan.pool != Pool.WINDOWS:  # a norm
+            return x, None
+        next_plan = plan_next(x, reader.conv)
+        if next_plan is None:
+            return x, reader.conv
+        following.popleft()
+        plan = next_plan
 
 
 def _stem(

@@ -1,5 +1,7 @@
 """Every test that takes `device` runs on the CPU and, where there is one, on a GPU as well."""
 
+import sys
+
 import pytest
 import torch
 
@@ -36,6 +38,21 @@ def tf32():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     yield
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture
+def entries(monkeypatch):
+    """Of every block that runs as one operator: whether it ran the convolution in front."""
+    found = []
+    module = sys.modules["efficient_densenet.dense_block"]
+    write = module._write_input
+
+    def record(plan, *args):
+        found.append(plan.entry is not None)
+        return write(plan, *args)
+
+    monkeypatch.setattr(module, "_write_input", record)
+    return found
 
 
 @pytest.fixture

@@ -410,6 +410,7 @@ def test_other_weights_dtypes_and_formats_between_steps(device):
     torch.testing.assert_close(efficient(x), plain(x))
     for model in (plain, efficient):
         model.double()
+    efficient.load_state_dict(plain.state_dict())  # what float32 has rounded
     assert_same_training(plain, efficient, steps=1, device=device)
 
 
@@ -578,19 +579,12 @@ TRANSITIONS = {
 
 @pytest.mark.parametrize("drop_rate", [0, 0.3])
 @pytest.mark.parametrize("change", TRANSITIONS)
-def test_transitions_convolve_into_the_next_block(device, change, drop_rate, monkeypatch):
+def test_transitions_convolve_into_the_next_block(device, change, drop_rate, entries):
     change, expected = TRANSITIONS[change]
-    models, entries = pair(device, drop_rate=drop_rate), []
+    models = pair(device, drop_rate=drop_rate)
     for model in models:
         torch.manual_seed(0)
         change(model)
-    dense_block_module = sys.modules["efficient_densenet.dense_block"]
-    write = dense_block_module._write_input
-    monkeypatch.setattr(
-        dense_block_module,
-        "_write_input",
-        lambda plan, *args: entries.append(plan.entry is not None) or write(plan, *args),
-    )
     assert_same_training(*models, steps=1, device=device)
     # Masks depend on the format of what the convolution makes.
     assert sum(entries) == (0 if drop_rate else expected)
