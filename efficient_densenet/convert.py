@@ -1,7 +1,8 @@
 """Makes the DenseNets of other libraries run in linear memory, without touching their parameters.
 
-:func:`convert` changes the class of dense blocks, and of the ``nn.Sequential`` that holds them, to
-a subclass that runs :mod:`efficient_densenet.dense_block`. Every module, parameter, buffer and name
+:func:`convert` changes the class of dense blocks, of the ``nn.Sequential`` that holds them and of
+the library's model around that to a subclass that runs :mod:`efficient_densenet.dense_block`. Every
+module, parameter, buffer and name
 stays the same object, so optimizers, checkpoints and copies of the weights go on working, and
 :func:`revert` is the change back. A block that the operator does not compute exactly (see
 :meth:`DenseBlock.why_not_fused <efficient_densenet.DenseBlock.why_not_fused>`) runs as it did, and
@@ -20,6 +21,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ from .densenet import (
     _layer_tensors,
     _Plans,
     _run_blocks,
+    _size,
     _stem_norm_relu,
     _why_called,
     _why_not_convolution,
@@ -45,6 +48,7 @@ from .densenet import (
 from .layout import block_is_channels_last
 
 _logger = logging.getLogger("efficient_densenet")
+_ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -68,7 +72,11 @@ class _Layer(NamedTuple):
 
 
 class _Library(NamedTuple):
-    """Where a library has its dense blocks, and the names of their classes."""
+    """Where a library has its dense blocks, and the names of their classes.
+
+    And what is between the features of its ``DenseNet`` and the classifier: ``head`` names the
+    methods that run, ``averages`` says whether they are ReLU and average over each image.
+    """
 
     name: str
     module: str | None  # None: anywhere, for a file that is copied
@@ -76,6 +84,8 @@ class _Library(NamedTuple):
     layer: str
     transition: str
     read: Callable[[nn.Module], _Layer]
+    head: tuple[str, ...] = ()
+    averages: Callable[[Any], bool] = lambda model: True
 
     def has_block(self, module: nn.Module) -> bool:
         return self._is(_original(module), self.block)
@@ -85,6 +95,14 @@ class _Library(NamedTuple):
 
     def has_transition(self, module: object) -> bool:
         return self._is(type(module), self.transition)
+
+    def has_model(self, kind: type) -> bool:
+        """Whether it is the library's ``DenseNet``, or computes what that does."""
+        methods = [getattr(kind, name, None) for name in self.head]
+        names = [
+            (getattr(m, "__module__", None), getattr(m, "__qualname__", None)) for m in methods
+        ]
+        return bool(names) and names == [(self.module, f"DenseNet.{name}") for name in self.head]
 
     def _is(self, kind: type, name: str) -> bool:
         return kind.__qualname__ == name and self.module in (None, kind.__module__)
@@ -122,22 +140,43 @@ def _read_monai(layer: Any) -> _Layer:
     )
 
 
+def _is_average(pool: Any) -> bool:
+    """Over each image, and nobody listens."""
+    return _why_called(pool, *_ADAPTIVE_POOLS) is None and _size(pool.output_size) in (1, (1,))
+
+
+def _timm_averages(model: Any) -> bool:
+    pool = model.global_pool
+    return (
+        _why_called(pool, type(pool)) is None
+        and _is_average(getattr(pool, "pool", None))
+        and _has_activation([*model.features.children()][-1])
+    )
+
+
+def _monai_averages(model: Any) -> bool:
+    layers = model.class_layers
+    relu, pool = [*layers.children(), None, None][:2]
+    whys = _why_called(layers, nn.Sequential), _why_called(relu, nn.ReLU)
+    return whys == (None, None) and _is_average(pool)
+
+
 _LIBRARIES = (
     _Library(
         "torchvision", "torchvision.models.densenet", "_DenseBlock", "_DenseLayer", "_Transition",
-        _read_attributes,
+        _read_attributes, ("forward",),
     ),
     _Library(
         "timm", "timm.models.densenet", "DenseBlock", "DenseLayer", "DenseTransition",
-        _read_attributes,
+        _read_attributes, ("forward", "forward_features", "forward_head"), _timm_averages,
     ),
     _Library(
         "MONAI", "monai.networks.nets.densenet", "_DenseBlock", "_DenseLayer", "_Transition",
-        _read_monai,
+        _read_monai, ("forward",), _monai_averages,
     ),
     _Library(
         "torchxrayvision", "torchxrayvision.models", "_DenseBlock", "_DenseLayer", "_Transition",
-        _read_attributes,
+        _read_attributes, ("forward", "features2"),
     ),
     # Last: its classes are known by their names alone, and by what is in them.
     _Library(
@@ -160,6 +199,11 @@ def _library_of(module: nn.Module) -> _Library | None:
             if layers and all(map(library.has_layer, layers)):
                 return library
     return None
+
+
+def _library_of_model(kind: type) -> _Library | None:
+    """The library whose ``DenseNet`` this is."""
+    return next((library for library in _LIBRARIES if library.has_model(kind)), None)
 
 
 def _layers_of(library: _Library, block: nn.Module) -> list[_Layer]:
@@ -273,7 +317,9 @@ def _why_not_reader(reader: nn.Module, x: Tensor) -> str | None:
     """Why a module does not run with the block before it."""
     if _is_transition(reader):
         return _why_not_transition(reader, x)
-    return _why_not_norm(reader, None)
+    if _has_activation(reader):
+        return _why_not_norm(reader, None)
+    return _why_called(reader, *_BATCH_NORMS.values())
 
 
 def _is_traced(x: object) -> bool:
@@ -358,14 +404,16 @@ class _ConvertedBlock(_Converted):
         first = layers[0]
         return [_layer_tensors(layer) for layer in layers], first.drop_rate, first.drops_channels
 
-    def plan(self, x: Tensor, reader: Any = None, entry: Any = None) -> Plan | None:
+    def plan(
+        self, x: Tensor, reader: Any = None, averages: bool = False, entry: Any = None
+    ) -> Plan | None:
         """As :meth:`DenseBlock.plan <efficient_densenet.DenseBlock.plan>`."""
         roots = [module for module in (self, reader, entry) if module is not None]
-        use = reader is None, entry is None
+        use = reader is None, averages, entry is None
         plans = self._efficient_densenet.plans
-        return plans.get(use, x, roots, lambda: self._new_plan(x, reader, entry))
+        return plans.get(use, x, roots, lambda: self._new_plan(x, reader, averages, entry))
 
-    def _new_plan(self, x: Tensor, reader: Any, entry: Any) -> Plan | None:
+    def _new_plan(self, x: Tensor, reader: Any, averages: bool, entry: Any) -> Plan | None:
         if _why_not_block(self, x) is not None:
             return None
         if reader is not None:
@@ -376,17 +424,52 @@ class _ConvertedBlock(_Converted):
         tensors, drop_rate, drops_channels = self._tensors()
         if entry is not None and (drop_rate > 0 or _why_not_convolution(entry, x, pointwise=True)):
             return None
-        pools = _is_transition(reader)
-        norm = reader.norm if pools else reader
+        norm, pool = reader, Pool.IMAGES if averages else Pool.NONE
+        if _is_transition(reader):
+            norm, pool = reader.norm, Pool.WINDOWS
         return Plan(
             x,
             tensors,
             drop_rate,
             self._efficient_densenet.recompute,
             None if norm is None else _batch_norm(norm),
-            Pool.WINDOWS if pools else Pool.NONE,
+            pool,
             drops_channels,
             None if entry is None else entry.weight,
+        )
+
+
+# The features whose next result is wanted averaged over each image, after a ReLU.
+_averaged: ContextVar[nn.Module | None] = ContextVar("averaged", default=None)
+
+
+class _ConvertedModel(_Converted):
+    """Asks its features for what the library would make of them: ReLU and average of each image.
+
+    The library's own code runs all the same. What it makes of one pixel that is not negative is
+    that pixel.
+    """
+
+    features: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_traced(x) or not self._averages():
+            return self.as_it_was(x)
+        token = _averaged.set(self.features)
+        try:
+            return self.as_it_was(x)
+        finally:
+            _averaged.reset(token)
+
+    def _averages(self) -> bool:
+        """Whether it would, and nobody listens."""
+        library = _library_of_model(self.original)
+        assert library is not None
+        return (
+            vars(self).keys().isdisjoint(library.head)
+            and isinstance(self.features, _ConvertedSequential)
+            and _why_called(self.features, type(self.features)) is None
+            and library.averages(self)
         )
 
 
@@ -396,12 +479,16 @@ class _ConvertedSequential(_Converted):
     def forward(self, x: Tensor) -> Tensor:
         if _is_traced(x):
             return self.as_it_was(x)
+        averages = _averaged.get() is self
+        if averages:  # this once
+            _averaged.set(None)
         modules: deque[Any] = deque(self.children())
+        plan_next = functools.partial(_plan, modules, averages)
         while modules:
-            plan, module = _plan(modules, x), modules.popleft()
+            plan, module = plan_next(x), modules.popleft()
             relus = [] if _has_activation(module) else list(modules)[:1]
             if plan is not None:
-                x, conv = _run_blocks(plan, x, modules, functools.partial(_plan, modules))
+                x, conv = _run_blocks(plan, x, modules, plan_next)
                 x = x if conv is None else conv(x)
             elif len(modules) > len(relus) and _is_norm_relu(module, relus, x):
                 for _ in relus:
@@ -412,16 +499,20 @@ class _ConvertedSequential(_Converted):
         return x
 
 
-def _plan(modules: Sequence[Any], x: Tensor, entry: nn.Module | None = None) -> Plan | None:
+def _plan(
+    modules: Sequence[Any], averages: bool, x: Tensor, entry: nn.Module | None = None
+) -> Plan | None:
     """How the first of the modules runs with the second: a block with its last reader."""
     if len(modules) < 2 or not isinstance(modules[0], _ConvertedBlock):
         return None
-    block, reader = modules[0], modules[1]
-    if not _is_transition(reader) and not _has_activation(reader):
+    block, reader, is_last = modules[0], modules[1], len(modules) == 2
+    averages = averages and is_last
+    if not (averages or _is_transition(reader) or _has_activation(reader)):
         return None
-    plan = block.plan(x, reader, entry)
-    # Where it does, the format between the two matters for the next block.
-    return None if plan is None or _draws_in_order_of_memory(plan) else plan
+    plan = block.plan(x, reader, averages, entry)
+    if plan is not None and _draws_in_order_of_memory(plan) and not is_last:
+        return None  # the format between the two matters for the next block
+    return plan
 
 
 def _has_activation(norm: object) -> bool:
@@ -517,9 +608,11 @@ def convert(
         _logger.info("%s: converted, %d layers", name, len(list(block.children())))
         block.__class__ = _converted_class(_original(block), _ConvertedBlock)
         vars(block)["_efficient_densenet"] = _Settings(recompute, block in followed_by_writers)
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # features before the model that has them
         if type(module) is nn.Sequential and _holds_blocks(module):
             module.__class__ = _converted_class(nn.Sequential, _ConvertedSequential)
+        elif _library_of_model(type(module)) and _has_converted_features(module):
+            module.__class__ = _converted_class(type(module), _ConvertedModel)
     return model
 
 
@@ -550,6 +643,10 @@ def _before_writers(model: nn.Module) -> Iterator[nn.Module]:
             for module, following in itertools.pairwise(children):
                 if getattr(following, "inplace", False):
                     yield module
+
+
+def _has_converted_features(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "features", None), _ConvertedSequential)
 
 
 def _holds_blocks(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from efficient_densenet import (
     explain,
     revert,
 )
+from efficient_densenet.dense_block import Pool
 from reference import DTYPES, assert_error_rule, compare, kept_bytes, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -380,20 +381,117 @@ def test_a_norm_that_runs_plainly_and_fused(device):
     assert_same(*found)
 
 
-@pytest.mark.parametrize(
-    "name, norms", [("torchvision", 1), ("timm", 0), ("MONAI 3-d", 1), ("torchxrayvision", 1)]
-)
-def test_who_reads_a_block_runs_with_it(name, norms, entries):
-    """Plain norms are left where the ReLU behind is outside: the last, but for timm."""
+@by_model
+def test_the_whole_network_runs_in_its_blocks(name, plans):
+    """Every transition and the head; the stem is an operator of its own."""
     model, x = convert(build(name)), images(name)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model(x)
+        y = model(x)
     called = [event.name for event in profile.events()]
-    assert called.count("aten::batch_norm") == norms
-    assert called.count("efficient_densenet::dense_block") == 3
+    assert called.count("aten::batch_norm") == 0
     assert called.count("efficient_densenet::bn_relu_max_pool") == 1
-    # The last block has a reader in timm alone, and only then the convolution in front of it.
-    assert sum(entries) == (1 if norms else 2)
+    assert [plan.pool for plan in plans] == [Pool.WINDOWS, Pool.WINDOWS, Pool.IMAGES]
+    assert [plan.entry is not None for plan in plans] == [False, True, True]
+    assert_same({"y": revert(model)(x)}, {"y": y})
+
+
+def listen(module, seen):
+    module.register_forward_hook(lambda module, arguments, y: seen.append(y.detach().clone()))
+
+
+LISTENED = {
+    "torchvision": ["features", "features.norm5", "features.denseblock3"],
+    "timm": ["features", "features.norm5", "global_pool", "global_pool.pool"],
+    "MONAI 3-d": ["features.norm5", "class_layers", "class_layers.relu", "class_layers.pool"],
+    "torchxrayvision": ["features", "features.norm5"],
+}
+
+
+@pytest.mark.parametrize(
+    "name, module", [(name, module) for name, modules in LISTENED.items() for module in modules]
+)
+def test_hooks_around_the_head(name, module, plans):
+    model, plain, x, seen = convert(build(name)), build(name), images(name), []
+    for each in (model, plain):
+        listen(each.get_submodule(module), seen)
+    assert_same(train(model, x, 1), train(plain, x, 1))
+    assert_same({"seen": seen[0]}, {"seen": seen[1]})
+    assert plans[-1].pool != Pool.IMAGES
+
+
+def own_forward(model):
+    class Own(type(model)):
+        def forward(self, x):
+            return self.classifier(self.features(x).mean((2, 3)))
+
+    model.__class__ = Own
+
+
+def inherited(model):
+    model.__class__ = type("Inherited", (type(model),), {})
+
+
+# Of a model, before it is converted; and whether the head averages in the last block all the same.
+HEADS = {
+    "a forward of its own": ("torchvision", own_forward, False),
+    "inherited": ("torchvision", inherited, True),
+    "a module behind the norm": (
+        "torchvision", lambda m: m.features.add_module("more", nn.Identity()), False,
+    ),
+    "another norm": (
+        "torchxrayvision",
+        lambda m: setattr(m.features, "norm5", nn.GroupNorm(1, m.classifier.in_features).double()),
+        False,
+    ),
+    "an instance's head": (
+        "timm", lambda m: setattr(m, "forward_head", lambda x: x.amax((2, 3)).sigmoid()), False,
+    ),
+    "no classifier": ("timm", lambda m: m.reset_classifier(0), True),
+    "no pooling": ("timm", lambda m: m.reset_classifier(0, ""), False),
+    "maximum": ("timm", lambda m: m.reset_classifier(3, "max"), False),
+    "a norm without ReLU": (
+        "timm", lambda m: setattr(m.features, "norm5", nn.BatchNorm2d(m.num_features).double()),
+        False,
+    ),
+    "another activation": (
+        "MONAI 2-d", lambda m: setattr(m.class_layers, "relu", nn.LeakyReLU()), False,
+    ),
+    "averages of quarters": (
+        "MONAI 2-d", lambda m: setattr(m.class_layers, "pool", nn.AdaptiveAvgPool2d((2, 1))) or
+        setattr(m.class_layers, "out", nn.Identity()), False,
+    ),
+    "no head": ("MONAI 2-d", lambda m: setattr(m, "class_layers", nn.Identity()), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_other_heads(head, plans):
+    name, change, averages = HEADS[head]
+    model, x = build(name), images(name)
+    change(model)
+    expected = model.eval()(x)
+    assert_same({"y": convert(model)(x)}, {"y": expected})
+    assert (plans[-1].pool == Pool.IMAGES) == averages
+    assert_same({"y": revert(model)(x)}, {"y": expected}, limit=0)
+
+
+@by_model
+def test_features_alone_are_what_they_were(name):
+    model, x = build(name).eval(), images(name)
+    methods = [m for m in ("features", "forward_features", "features2") if hasattr(model, m)]
+    expected = {method: getattr(model, method)(x) for method in methods}
+    convert(model)
+    for _ in range(2):
+        assert_same({method: getattr(model, method)(x) for method in methods}, expected)
+        model(x)
+
+
+def test_an_error_leaves_the_features_as_they_are():
+    model, x = convert(build("torchvision")).eval(), images("torchvision")
+    expected = model.features(x)
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])
+    assert_same({"y": model.features(x)}, {"y": expected}, limit=0)
 
 
 def test_a_hook_on_timms_last_norm_sees_the_block():
