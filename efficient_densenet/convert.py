@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from . import functional
 from ._arguments import RECOMPUTE, computed_dtype
-from .batch_norm import BatchNorm
 from .dense_block import DenseLayer, Plan, Pool
 from .densenet import (
     _BATCH_NORMS,
@@ -40,7 +39,6 @@ from .densenet import (
     _why_called,
     _why_not_convolution,
     _why_not_halving,
-    _why_not_max_pool,
 )
 from .layout import block_is_channels_last
 
@@ -61,8 +59,8 @@ class _Layer(NamedTuple):
     norm2: nn.Module
     relu2: nn.Module | None
     conv2: Any
-    drop_rate: float
-    drops: bool  # in training mode
+    drop_rate: float = 0.0  # 0 in evaluation mode
+    drops_channels: bool = False  # whole ones
     containers: tuple[nn.Module, ...] = ()  # between the layer and its parts
     other: str | None = None  # what else the layer does
 
@@ -99,23 +97,27 @@ def _read_attributes(layer: Any) -> _Layer:
         layer.norm2,
         getattr(layer, "relu2", None),
         layer.conv2,
-        float(layer.drop_rate),
-        layer.training,
+        float(layer.drop_rate) if layer.training else 0.0,
     )
 
 
 def _read_monai(layer: Any) -> _Layer:
     parts = layer.layers
-    dropout = getattr(parts, "dropout", None)
-    other = None
-    if dropout is not None and type(dropout) is not nn.Dropout:
-        # Whole channels are dropped, whose masks are not those of the operator.
-        other = f"drops out with {type(dropout).__name__}"
-    return _Layer(
+    read = _Layer(
         layer, parts.norm1, parts.relu1, parts.conv1, parts.norm2, parts.relu2, parts.conv2,
-        0.0 if dropout is None else float(dropout.p), dropout is not None and dropout.training,
-        containers=(parts,) if dropout is None else (parts, dropout), other=other,
+        containers=(parts,),
     )  # fmt: skip
+    dropout = getattr(parts, "dropout", None)
+    if dropout is None:
+        return read
+    of_channels = {4: nn.Dropout2d, 5: nn.Dropout3d}.get(parts.conv2.weight.dim())
+    if type(dropout) not in (nn.Dropout, of_channels):
+        return read._replace(other=f"drops out with {type(dropout).__name__}")
+    return read._replace(
+        drop_rate=float(dropout.p) if dropout.training else 0.0,
+        drops_channels=type(dropout) is of_channels,
+        containers=(parts, dropout),
+    )
 
 
 _LIBRARIES = (
@@ -175,7 +177,7 @@ def _why_not_norm(norm: Any, relu: nn.Module | None) -> str | None:
             return f"norm {why}"
         why = _why_called(relu, nn.ReLU)
         return None if why is None else f"activation {why}"
-    if type(norm).__name__ != "BatchNormAct2d" or not issubclass(type(norm), nn.BatchNorm2d):
+    if not _has_activation(norm) or not issubclass(type(norm), nn.BatchNorm2d):
         return f"norm is {type(norm).__name__}"
     for module, expected in ((norm, type(norm)), (norm.act, nn.ReLU), (norm.drop, nn.Identity)):
         why = _why_called(module, expected)
@@ -188,6 +190,8 @@ def _why_not_layer(layer: _Layer) -> str | None:
     """Of its structure alone."""
     if layer.other is not None:
         return layer.other
+    if layer.drop_rate == 1:
+        return "drops out everything"
     for module in (layer.whole, *layer.containers):
         why = _why_called(module, type(module))
         if why is not None:
@@ -220,7 +224,7 @@ def _why_not_structure(module: nn.Module) -> str | None:
             return f"{name}: conv2 has no weight of its own"
         if weight.shape != first.conv2.weight.shape:
             return f"{name}: other numbers of channels than the first layer"
-        if (layer.drop_rate, layer.drops) != (first.drop_rate, first.drops):
+        if (layer.drop_rate, layer.drops_channels) != (first.drop_rate, first.drops_channels):
             return f"{name}: other dropout or mode than the first layer"
     return None
 
@@ -332,18 +336,18 @@ class _ConvertedBlock(_Converted):
         """For a compiler: one operator that it can look around."""
         if _why_not_block(self, x) is not None:
             return self.as_it_was(x)
-        tensors, drop_rate = self._tensors()
+        tensors, drop_rate, drops_channels = self._tensors()
         settings = self._efficient_densenet
-        result = functional.dense_block(x, tensors, drop_rate, settings.recompute)
+        result = functional.dense_block(x, tensors, drop_rate, settings.recompute, drops_channels)
         return result.clone() if settings.copies else result
 
-    def _tensors(self) -> tuple[list[DenseLayer], float]:
-        """Those of the layers, and the rate of dropout."""
+    def _tensors(self) -> tuple[list[DenseLayer], float, bool]:
+        """Those of the layers, the rate of dropout, and whether it drops whole channels."""
         library = _library_of(self)
         assert library is not None
         layers = _layers_of(library, self)
-        tensors = [_layer_tensors(layer) for layer in layers]
-        return tensors, layers[0].drop_rate if layers[0].drops else 0.0
+        first = layers[0]
+        return [_layer_tensors(layer) for layer in layers], first.drop_rate, first.drops_channels
 
     def plan(self, x: Tensor, reader: Any = None) -> Plan | None:
         """As :meth:`DenseBlock.plan <efficient_densenet.DenseBlock.plan>`."""
@@ -354,20 +358,27 @@ class _ConvertedBlock(_Converted):
     def _new_plan(self, x: Tensor, reader: Any) -> Plan | None:
         if _why_not_block(self, x) is not None:
             return None
-        # Somebody listens to what is between block and reader.
-        if reader is not None and (
-            _why_called(self, type(self)) is not None or _why_not_transition(reader, x) is not None
-        ):
-            return None
-        tensors, drop_rate = self._tensors()
-        norm: BatchNorm | None = None if reader is None else _batch_norm(reader.norm)
-        recompute = self._efficient_densenet.recompute
-        pool = Pool.NONE if reader is None else Pool.WINDOWS
-        return Plan(x, tensors, drop_rate, recompute, norm, pool)
+        pools = _is_transition(reader)
+        if reader is not None:
+            why = _why_not_transition(reader, x) if pools else _why_not_norm(reader, None)
+            # A hook of the block's is for what is between the two.
+            if why is not None or _why_called(self, type(self)) is not None:
+                return None
+        tensors, drop_rate, drops_channels = self._tensors()
+        norm = reader.norm if pools else reader
+        return Plan(
+            x,
+            tensors,
+            drop_rate,
+            self._efficient_densenet.recompute,
+            None if norm is None else _batch_norm(norm),
+            Pool.WINDOWS if pools else Pool.NONE,
+            drops_channels,
+        )
 
 
 class _ConvertedSequential(_Converted):
-    """Runs a block and the transition behind it as one, and so the stem's norm, ReLU and pool."""
+    """Runs a block and who reads it as one, and so the stem's norm, ReLU and pool."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_traced(x):
@@ -375,40 +386,43 @@ class _ConvertedSequential(_Converted):
         modules: list[Any] = list(self.children())
         while modules:
             module = modules.pop(0)
-            following = modules[0] if modules else None
-            if isinstance(module, _ConvertedBlock) and _is_transition(following):
-                plan = module.plan(x, following)
-                # With dropout, formats between the two matter for the masks of the next block.
-                if plan is not None and plan.drop_rate == 0:
-                    x = modules.pop(0).conv(plan.run(x))
+            if isinstance(module, _ConvertedBlock) and modules and _may_read(modules[0]):
+                plan = module.plan(x, modules[0])
+                # Where it does, the format between the two matters for the next block.
+                if plan is not None and not _draws_in_order_of_memory(plan):
+                    reader, x = modules.pop(0), plan.run(x)
+                    x = reader.conv(x) if _is_transition(reader) else x
                     continue
-            elif len(modules) > 1 and _is_norm_relu(module, following, x):
-                modules.pop(0)
+            relus = [] if _has_activation(module) else modules[:1]
+            if len(modules) > len(relus) and _is_norm_relu(module, relus, x):
+                del modules[: len(relus)]
                 x = _stem_norm_relu(module, modules.pop(0), x)
-                continue
-            elif _is_norm_pool(module, following, x):
-                x = _stem_norm_relu(module, modules.pop(0), x)
-                continue
-            x = module(x)
+            else:
+                x = module(x)
         return x
 
 
-def _is_norm_relu(norm: nn.Module, relu: nn.Module | None, x: Tensor) -> bool:
-    return x.is_floating_point() and relu is not None and _why_not_norm(norm, relu) is None
+def _has_activation(norm: object) -> bool:
+    """Norm and activation in one: timm's."""
+    return type(norm).__name__ == "BatchNormAct2d"
 
 
-def _is_norm_pool(norm: nn.Module, pool: nn.Module | None, x: Tensor) -> bool:
-    """timm's stem, whose ReLU is inside the norm."""
-    is_norm = x.is_floating_point() and _why_not_norm(norm, None) is None
-    return is_norm and _why_not_max_pool(pool, x) is None
+def _may_read(module: object) -> bool:
+    return _is_transition(module) or _has_activation(module)
+
+
+def _is_norm_relu(norm: nn.Module, relus: list[nn.Module], x: Tensor) -> bool:
+    return x.is_floating_point() and _why_not_norm(norm, relus[0] if relus else None) is None
+
+
+def _draws_in_order_of_memory(plan: Plan) -> bool:
+    """As F.dropout does, so that the format of a block's input decides on its masks."""
+    return plan.drop_rate > 0 and not plan.drops_channels
 
 
 def _in_plain_format(plan: Plan, x: Tensor, result: Tensor) -> Tensor:
-    """With dropout, the result in the format that the library's block gives it.
-
-    F.dropout draws in the order of memory, so the next block's masks depend on it.
-    """
-    if plan.drop_rate == 0:
+    """The result in the format that the library's block gives it, where that matters."""
+    if not _draws_in_order_of_memory(plan):
         return result
     weights = [(layer.conv1, layer.conv2) for layer in plan.layers]
     return _in_format(result, block_is_channels_last(x, weights, computed_dtype(x)))
@@ -443,9 +457,10 @@ def convert(
     Known are the DenseNets of torchvision, timm, MONAI (1-d, 2-d, 3-d), torchxrayvision and copies
     of efficient_densenet_pytorch, alone or anywhere inside a model. Parameters, buffers, names and
     results stay; running statistics are updated exactly once per step, also where the library's
-    own checkpointing is on, which is then not used. A transition behind a block runs together with
-    it, and the stem's batch norm, ReLU and max pooling are one operator. Converting again changes
-    nothing but ``recompute``. Each block is logged (logger ``efficient_densenet``, level INFO).
+    own checkpointing is on, which is then not used. A transition behind a block, or timm's final
+    norm, runs together with it, and the stem's batch norm, ReLU and max pooling are one operator.
+    Converting again changes nothing but ``recompute``. Each block is logged (logger
+    ``efficient_densenet``, level INFO).
 
     A block's output is channels-last and is itself kept for the backward pass; where the next
     module of a ``nn.Sequential`` works in place, that gets a copy. ``torch.compile`` sees a block

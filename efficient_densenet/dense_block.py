@@ -12,7 +12,7 @@ module adds autograd, autocast and the packing of weights.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -123,6 +123,8 @@ class Plan:
             inside. The reader shares the statistics and the gradient buffer of the block. The
             result is channels-last.
         pool: average the result.
+        drops_channels: dropout zeroes whole channels of an image, with the masks of
+            ``nn.Dropout2d`` and ``nn.Dropout3d`` for the same seed.
     """
 
     def __init__(
@@ -133,10 +135,12 @@ class Plan:
         recompute: str = "bottleneck",
         reader: BatchNorm | None = None,
         pool: Pool = Pool.NONE,
+        drops_channels: bool = False,
     ) -> None:
         self.dtype = check_block_arguments(x, layers, drop_rate, recompute, reader)
         self.layers = tuple(layers)
         self.drop_rate = float(drop_rate)
+        self.drops_channels = drops_channels
         self.keeps_bottlenecks = recompute == "bottleneck"
         self.reads = reader is not None
         self.pool = pool
@@ -430,17 +434,26 @@ def _new_features(plan: Plan, sizes: Sequence[int], x: Tensor) -> Tensor:
 
 
 def _dropout_mask(plan: Plan, x: Tensor) -> Tensor:
-    """``[L, N, *spatial, k]``: where dropout keeps the new features of each layer.
-
-    F.dropout draws in the order of memory, so the formats of the plain composition matter.
-    """
+    """``[L, N, *spatial, k]``: where dropout keeps the new features of each layer."""
     n, _, *spatial = x.shape
     mask = x.new_empty((len(plan.layers), n, *spatial, plan.growth), dtype=torch.bool)
-    convolutions = [(layer.conv1, layer.conv2) for layer in plan.layers]
-    formats = plain_formats(x, convolutions, plan.dtype)
-    for layer, channels_last in enumerate(formats):
-        sizes = n, plan.growth, *spatial
-        ones = x.new_empty_strided(sizes, dense_strides(sizes, channels_last), dtype=plan.dtype)
-        kept = F.dropout(ones.fill_(1), plan.drop_rate)
-        mask[layer].copy_(kept.movedim(1, -1))
+    draw = _drawn_channels if plan.drops_channels else _drawn_features
+    for layer, kept in zip(mask, draw(plan, x), strict=True):
+        layer.copy_(kept.movedim(1, -1))
     return mask
+
+
+def _drawn_features(plan: Plan, x: Tensor) -> Iterator[Tensor]:
+    """F.dropout draws in the order of memory, so the formats of the plain composition matter."""
+    sizes = x.size(0), plan.growth, *x.shape[2:]
+    convolutions = [(layer.conv1, layer.conv2) for layer in plan.layers]
+    for channels_last in plain_formats(x, convolutions, plan.dtype):
+        ones = x.new_empty_strided(sizes, dense_strides(sizes, channels_last), dtype=plan.dtype)
+        yield F.dropout(ones.fill_(1), plan.drop_rate)
+
+
+def _drawn_channels(plan: Plan, x: Tensor) -> Iterator[Tensor]:
+    """What nn.Dropout2d and nn.Dropout3d draw: one number per image and channel."""
+    ones = x.new_ones((x.size(0), plan.growth, *[1] * (x.dim() - 2)), dtype=plan.dtype)
+    for _ in plan.layers:
+        yield torch.feature_dropout(ones, plan.drop_rate, True)

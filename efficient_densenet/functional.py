@@ -34,7 +34,7 @@ _ops = torch.ops.efficient_densenet
 _OPERANDS = (
     "Tensor[] weights, Tensor[] biases, Tensor[] running_means, Tensor[] running_vars, "
     "Tensor[] conv1, Tensor[] conv2, bool[] has_weight, bool[] has_bias, bool[] training, "
-    "float[] eps, float drop_rate, str recompute"
+    "float[] eps, float drop_rate, bool drops_channels, str recompute"
 )
 _LISTS = 6  # of tensors
 _RUNNING = (2, 3)  # which of the lists want no gradient
@@ -58,9 +58,13 @@ def is_wanted() -> bool:
 
 
 def dense_block(
-    x: Tensor, layers: Sequence[DenseLayer], drop_rate: float, recompute: str
+    x: Tensor,
+    layers: Sequence[DenseLayer],
+    drop_rate: float,
+    recompute: str,
+    drops_channels: bool = False,
 ) -> Tensor:
-    """As :func:`efficient_densenet.dense_block`; every step of it can be traced."""
+    """As ``Plan.run`` without a reader; every step of it can be traced."""
     dtype, given = computed_dtype(x), x.dtype
     norms = [*(layer.norm1 for layer in layers), *(layer.norm2 for layer in layers)]
     outputs = _ops.functional_dense_block(
@@ -76,6 +80,7 @@ def dense_block(
         [norm.training for norm in norms],
         [float(norm.eps) for norm in norms],
         float(drop_rate),
+        drops_channels,
         recompute,
     )
     begins = zip(statistics_begins(layers), norms, strict=True)
@@ -99,6 +104,7 @@ def _plan(
     training: Sequence[bool],
     eps: Sequence[float],
     drop_rate: float,
+    drops_channels: bool,
     recompute: str,
 ) -> Plan:
     frozen = [not trains for trains in training]
@@ -114,7 +120,8 @@ def _plan(
     norms = [BatchNorm(m, v, w, b, training=t, eps=e) for m, v, w, b, t, e in numbers]
     count = len(conv1)
     layers = zip(norms[:count], conv1, norms[count:], conv2, strict=True)
-    return Plan(x, [DenseLayer(*layer) for layer in layers], drop_rate, recompute)
+    tensors = [DenseLayer(*layer) for layer in layers]
+    return Plan(x, tensors, drop_rate, recompute, drops_channels=drops_channels)
 
 
 def _spread(tensors: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor | None]:
@@ -133,7 +140,7 @@ def _(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("efficient_densenet::functional_dense_block")
 def _(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    _, _, _, _, conv1, conv2, _, _, training, _, drop_rate, recompute = operands
+    _, _, _, _, conv1, conv2, _, _, training, _, drop_rate, _, recompute = operands
     layers, (bottleneck, last), growth = len(conv1), conv1[-1].shape[:2], conv2[0].size(0)
     channels, (n, _, *spatial) = last + growth, x.shape
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -30,7 +30,7 @@ from efficient_densenet import (
     explain,
     revert,
 )
-from reference import assert_error_rule, compare, kept_bytes, relative_error
+from reference import DTYPES, assert_error_rule, compare, kept_bytes, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = """
@@ -141,6 +141,7 @@ MODELS = {
     "MONAI 3-d": partial(monai, 3),
     "torchxrayvision": torchxrayvision,
 }
+NAMES = [name for name in MODELS if "memory_efficient" not in name]
 by_model = pytest.mark.parametrize("name", MODELS)
 BOTH = pytest.mark.parametrize("recompute", ["bottleneck", "features"])
 
@@ -252,9 +253,11 @@ PRECISIONS = {  # of the model, and of autocast
 }
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", [name for name in MODELS if "memory" not in name])
+@pytest.mark.parametrize(
+    "name, channels_last",
+    [*((name, False) for name in NAMES), *((name, True) for name in NAMES if "1-d" not in name)],
+)
 def test_working_precisions(device, name, precision, channels_last):
     """As close to float64 as the library's network; wide enough for the rule to be steady."""
     dtype, autocast = PRECISIONS[precision]
@@ -264,7 +267,7 @@ def test_working_precisions(device, name, precision, channels_last):
     x = images(name, device, dtype, n=4)
     eps = torch.finfo(autocast or dtype).eps
     clear_model_of_kinks(model, x, max(16 * eps, 1e-5))  # 16: a network adds up rounding errors
-    if channels_last and x.dim() > 3:
+    if channels_last:
         memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
         model, x = (t.to(memory_format=memory_format) for t in (model, x))
     exact = train(copy.deepcopy(model).double(), x.double())
@@ -292,19 +295,48 @@ def expected_path(device, dtype):
         lambda: torchvision(drop_rate=0.3),
         lambda: timm(proj_drop_rate=0.3),
         lambda: torchxrayvision(drop_rate=0.3),
-        lambda: monai(1, dropout_prob=0.3),
+        *(partial(monai, dims, dropout_prob=0.3) for dims in (1, 2, 3)),
     ],
-    ids=["torchvision", "timm", "torchxrayvision", "MONAI 1-d"],
+    ids=["torchvision", "timm", "torchxrayvision", "MONAI 1-d", "MONAI 2-d", "MONAI 3-d"],
 )
 def test_dropout_draws_the_same_masks(device, build_model, channels_last):
     torch.manual_seed(0)
     model = build_model().to(device).double()
-    x = images("MONAI 1-d" if "monai" in type(model).__module__ else "torchvision", device)
+    x = images(f"MONAI {model.features.conv0.weight.dim() - 2}-d", device)
     if channels_last and x.dim() == 4:
         x, model = (t.to(memory_format=torch.channels_last) for t in (x, model))
     expected = train(copy.deepcopy(model), x)
     assert_same(train(convert(model), x), expected)
     assert all("fused" in report.path for report in explain(model))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_dropout_of_channels(device, dims, dtype):
+    """The same channels of the same images as MONAI drops, and as many numbers drawn."""
+    block = monai(dims, dropout_prob=0.4).features.denseblock2.to(device, dtype)
+    x = torch.randn(4, 8, *[5] * dims, device=device).to(dtype)
+    found = []
+    for run in (block, convert(copy.deepcopy(block), strict=True)):
+        torch.manual_seed(3)
+        y = run(x)
+        assert y.isfinite().all()
+        found.append(((y == 0).flatten(2).all(2), torch.rand(3, device=device)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert 0 < found[0][0][:, 8:].float().mean() < 1 and not found[0][0][:, :8].any()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_dropout_compiles(device, dims):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = convert(monai(dims, dropout_prob=0.3)).to(device).double()
+    x = images(f"MONAI {dims}-d", device)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    assert_same({"y": compiled(x)}, {"y": expected})
 
 
 def test_autocast_and_frozen_norms(device):
@@ -346,6 +378,30 @@ def test_a_norm_that_runs_plainly_and_fused(device):
         found.append({name: p.grad for name, p in each.named_parameters()})
         found[-1] |= {name: t.clone() for name, t in each.state_dict().items()}
     assert_same(*found)
+
+
+@pytest.mark.parametrize(
+    "name, norms", [("torchvision", 1), ("timm", 0), ("MONAI 3-d", 1), ("torchxrayvision", 1)]
+)
+def test_who_reads_a_block_runs_with_it(name, norms):
+    """Plain norms are left where the ReLU behind is outside: the last, but for timm."""
+    model, x = convert(build(name)), images(name)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(x)
+    called = [event.name for event in profile.events()]
+    assert called.count("aten::batch_norm") == norms
+    assert called.count("efficient_densenet::dense_block") == 3
+    assert called.count("efficient_densenet::concat_bn_relu") == 1  # the stem's
+
+
+def test_a_hook_on_timms_last_norm_sees_the_block():
+    model, x, seen = convert(build("timm")), images("timm"), []
+    plain = revert(copy.deepcopy(model))
+    for each in (model, plain):
+        norm = each.features.norm5
+        norm.register_forward_hook(lambda module, arguments, y: seen.extend([*arguments, y]))
+        each(x)
+    assert_same({"x": seen[0], "y": seen[1]}, {"x": seen[2], "y": seen[3]})
 
 
 # Objects
@@ -521,17 +577,28 @@ def test_hooks_see_what_the_library_shows():
     assert seen == [16, model.features.norm5.num_features]
 
 
+def with_dropout(dropout):
+    model = monai(dropout_prob=0.2)
+    for module in model.features.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = dropout
+    return model
+
+
 @pytest.mark.parametrize(
     "build_model, why",
     [
         (lambda: monai(norm="instance"), "InstanceNorm"),
         (lambda: monai(norm=("group", {"num_groups": 1})), "GroupNorm"),
         (lambda: monai(act="prelu"), "PReLU"),
-        (lambda: monai(dropout_prob=0.2), "Dropout2d"),
+        (lambda: with_dropout(nn.AlphaDropout(0.2)), "AlphaDropout"),
+        (lambda: with_dropout(nn.Dropout3d(0.2)), "Dropout3d"),  # of images: of something else
+        (lambda: monai(dropout_prob=1.0), "everything"),
+        (lambda: torchvision(drop_rate=1), "everything"),
         (lambda: timm(act_layer="silu"), "SiLU"),
         (lambda: timm(norm_layer="groupnorm1"), "GroupNorm"),
     ],
-    ids=["instance", "group", "prelu", "channel dropout", "silu", "timm group"],
+    ids=["instance", "group", "prelu", "alpha", "dropout3d", "p=1", "rate 1", "silu", "timm group"],
 )
 def test_other_norms_and_activations(build_model, why, caplog):
     torch.manual_seed(0)
@@ -601,7 +668,7 @@ def test_tracing_and_scripting_see_the_library(device):
     assert blocks_of(model, device)["features.denseblock1"] == "library: not converted"
 
 
-@by_model
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_compiles_without_a_break(device, name, training):
     torch._dynamo.reset()

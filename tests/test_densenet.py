@@ -409,6 +409,7 @@ def test_other_weights_dtypes_and_formats_between_steps(device):
     torch.testing.assert_close(efficient(x), plain(x))
     for model in (plain, efficient):
         model.double()
+    efficient.load_state_dict(plain.state_dict())  # what float32 has rounded
     assert_same_training(plain, efficient, steps=1, device=device)
 
 

@@ -14,14 +14,19 @@ from efficient_densenet import (
     dense_block,
     functional,
 )
+from efficient_densenet.dense_block import Plan
 from reference import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = torch.ops.efficient_densenet
 
 
-def traced(x, layers, drop_rate, recompute="bottleneck"):
-    return functional.dense_block(x, layers, drop_rate, recompute)
+def traced(x, layers, drop_rate, recompute="bottleneck", drops_channels=False):
+    return functional.dense_block(x, layers, drop_rate, recompute, drops_channels)
+
+
+def planned(x, layers, drop_rate, drops_channels):
+    return Plan(x, layers, drop_rate, drops_channels=drops_channels).run(x)
 
 
 def assert_same(ours, expected, limit=1e-10):
@@ -66,9 +71,11 @@ def test_compiled_without_a_break(device, norms, recompute):
         assert_same(run(compiled, problem, recompute=recompute), run(dense_block, problem))
 
 
-def test_dropout_is_that_of_the_eager_block(device):
+@pytest.mark.parametrize("drops_channels", [False, True])
+def test_dropout_is_that_of_the_eager_block(device, drops_channels):
     problem = make_block_problem(dtype=torch.float64, device=device, drop_rate=0.3)
-    assert_same(run(traced, problem), run(dense_block, problem))
+    ours, expected = (run(f, problem, drops_channels=drops_channels) for f in (traced, planned))
+    assert_same(ours, expected)
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
@@ -90,6 +97,7 @@ def test_opcheck(device, drop_rate, recompute):
         [norm.training for norm in norms],
         [norm.eps for norm in norms],
         drop_rate,
+        False,
         recompute,
     )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
