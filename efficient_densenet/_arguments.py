@@ -166,6 +166,7 @@ def check_block_arguments(
     drop_rate: float,
     recompute: str,
     reader: BatchNorm | None,
+    entry: Tensor | None,
 ) -> torch.dtype:
     """The dtype of the features of a dense block, or an error that names the wrong argument."""
     check_tensor("x", x)
@@ -187,6 +188,11 @@ def check_block_arguments(
     dtype = computed_dtype(x)
     channels, first = x.size(1), layers[0].conv2
     reads = getattr(layers[0].conv1, "shape", (0, channels))[1]
+    if entry is not None:
+        _check_weight("entry", entry, (reads, channels, *(1,) * (x.dim() - 2)), x, dtype)
+        if drop_rate > 0:
+            raise ValueError(f"entry: expected None with dropout, got drop_rate {drop_rate}")
+        channels = reads
     if reads != channels:
         raise ValueError(
             f"x: expected {reads} channels, which layers[0].conv1 reads, got shape {list(x.shape)}"

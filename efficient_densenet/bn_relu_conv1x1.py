@@ -51,7 +51,7 @@ def choose_conv1x1(
     """The fastest way that gives what torch's settings ask for. Arguments as above."""
     if why_not_tensor_cores(device, dtype, channels, bottleneck) is None:
         return Conv1x1.TENSOR_CORES
-    return Conv1x1.PRODUCT if _products_are_as_convolutions(device, dtype) else Conv1x1.CONVOLUTION
+    return Conv1x1.PRODUCT if products_are_as_convolutions(device, dtype) else Conv1x1.CONVOLUTION
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def _why_not_on_device(index: int, itemsize: int, bottleneck: int, channels: int
     return _C.why_no_tensor_cores(index, itemsize, bottleneck, channels) or None
 
 
-def _products_are_as_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
+def products_are_as_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
     """Matrix products have TF32 settings of their own."""
     if dtype != torch.float32:
         return True

@@ -26,7 +26,12 @@ from ._arguments import check_block_arguments, check_more_than_one_value
 from ._once import check_transforms, differentiable_once
 from ._out_of_memory import out_of_memory_as_torch_raises_it
 from .batch_norm import BatchNorm, RunningStatistics
-from .bn_relu_conv1x1 import Conv1x1, choose_conv1x1, why_not_tensor_cores
+from .bn_relu_conv1x1 import (
+    Conv1x1,
+    choose_conv1x1,
+    products_are_as_convolutions,
+    why_not_tensor_cores,
+)
 from .bn_relu_conv3x3 import why_not_conv3x3
 from .layout import dense_strides, is_channels_last, plain_formats
 
@@ -125,6 +130,9 @@ class Plan:
         pool: average the result.
         drops_channels: dropout zeroes whole channels of an image, with the masks of
             ``nn.Dropout2d`` and ``nn.Dropout3d`` for the same seed.
+        entry: weight ``[C_0, P, 1, ...]`` of a 1x1 convolution without a bias. The block's input is
+            then what it makes of ``x``, ``[N, P, *spatial]``, and is written nowhere but to the
+            features. Not with dropout.
     """
 
     def __init__(
@@ -136,20 +144,22 @@ class Plan:
         reader: BatchNorm | None = None,
         pool: Pool = Pool.NONE,
         drops_channels: bool = False,
+        entry: Tensor | None = None,
     ) -> None:
-        self.dtype = check_block_arguments(x, layers, drop_rate, recompute, reader)
+        self.dtype = check_block_arguments(x, layers, drop_rate, recompute, reader, entry)
         self.layers = tuple(layers)
         self.drop_rate = float(drop_rate)
         self.drops_channels = drops_channels
         self.keeps_bottlenecks = recompute == "bottleneck"
         self.reads = reader is not None
         self.pool = pool
+        self.entry = entry
         # In the order of csrc/dense_block.cpp.
         self.norms = [*(la.norm1 for la in layers), *(la.norm2 for la in layers)]
         self.norms += [] if reader is None else [reader]
         self.growth, self.bottleneck = layers[0].conv2.shape[:2]
         in_channels = [layer.conv1.size(1) for layer in layers]
-        self.channels = in_channels[-1] + self.growth
+        self.in_channels, self.channels = in_channels[0], in_channels[-1] + self.growth
         self.norm_channels = [*in_channels, *[self.bottleneck] * len(layers)]
         self.norm_channels += [self.channels] * self.reads
         self.frozen_norms = [i for i, norm in enumerate(self.norms) if not norm.training]
@@ -159,7 +169,7 @@ class Plan:
         self.biases = [norm.bias for norm in self.norms]
         self.conv1 = [layer.conv1 for layer in layers]
         self.conv2 = [layer.conv2 for layer in layers]
-        # Everything but x that a gradient can be wanted for.
+        # Everything but x and entry that a gradient can be wanted for.
         self.parameters = [*self.weights, *self.biases, *self.conv1, *self.conv2]
         begins = [*statistics_begins(layers), *[0] * self.reads]
         self.running_statistics = RunningStatistics(
@@ -169,16 +179,19 @@ class Plan:
     @torch.compiler.disable  # memory shared between layers is not for a compiler to trace
     def run(self, x: Tensor) -> Tensor:
         if self.trains_norms:
-            check_more_than_one_value(x, x.size(1))
+            check_more_than_one_value(x, self.in_channels)
+        inputs = (x, self.entry, *self.parameters)
         keeps = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in (x, *self.parameters)
+            tensor is not None and tensor.requires_grad for tensor in inputs
         )
-        check_transforms("dense_block", x, *self.parameters)
+        check_transforms("dense_block", *inputs)
         if keeps:
-            result: Tensor = _DenseBlock.apply(self, x, *self.parameters)
+            result: Tensor = _DenseBlock.apply(self, *inputs)
         else:
             with torch.no_grad():
                 result = _forward(self, x, keeps=False).result
+        if self.entry is not None:
+            return result
         # As torch.cat of a float32 input and 16-bit features under autocast.
         return result.to(torch.promote_types(x.dtype, self.dtype))
 
@@ -234,6 +247,7 @@ class _Kept(NamedTuple):
 class _Forward(NamedTuple):
     result: Tensor
     kept: _Kept | None
+    convolved: Tensor | None  # what the entry read
 
 
 def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
@@ -242,11 +256,11 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
     result = features
     if plan.reads:
         result = _new_channels_last((*sizes[:2], *plan.pool.sizes(sizes[2:])), features)
-    features[:, : x.size(1)].copy_(x)
+    convolved = _write_input(plan, x, features.narrow(1, 0, plan.in_channels))
     rows = x.numel() // x.size(1)
     if rows == 0:
         plan.count_batch()
-        return _Forward(result, None)
+        return _Forward(result, None, convolved)
     layers = len(plan.layers)
     # Nobody takes those that only frozen norms would read.
     new = x.new_zeros if plan.frozen_norms else x.new_empty
@@ -264,7 +278,7 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
         )  # fmt: skip
     # Last, so that an error leaves them as they were.
     plan.running_statistics.update(statistics[0], statistics[1], rows)
-    return _Forward(result, kept)
+    return _Forward(result, kept, convolved)
 
 
 def _settings(plan: Plan, kept: _Kept) -> tuple[Any, ...]:
@@ -280,12 +294,16 @@ class _DenseBlock(torch.autograd.Function):
     """Saves the features, per-channel numbers and, if asked to, bottlenecks; and the weights."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        result, kept = _forward(plan, x, keeps=True)
+    def forward(
+        ctx: Any, plan: Plan, x: Tensor, entry: Tensor | None, *parameters: Tensor | None
+    ) -> Tensor:
+        result, kept, convolved = _forward(plan, x, keeps=True)
         ctx.plan = plan
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*((*kept, *plan.conv1, *plan.conv2) if kept else ()))
+        if kept is not None:
+            entered = (convolved, entry) if any(ctx.needs_input_grad[1:3]) else (None, None)
+            ctx.save_for_backward(*entered, *kept, *plan.conv1, *plan.conv2)
         return result
 
     @staticmethod
@@ -296,19 +314,28 @@ class _DenseBlock(torch.autograd.Function):
         plan, needed, saved = ctx.plan, ctx.needs_input_grad[1:], ctx.saved_tensors
         if not saved:  # an empty batch
             x = grad_result.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
-            zeros = [x, *(None if p is None else torch.zeros_like(p) for p in plan.parameters)]
+            parameters = (plan.entry, *plan.parameters)
+            zeros = [x, *(None if p is None else torch.zeros_like(p) for p in parameters)]
             return None, *(g if needs else None for g, needs in zip(zeros, needed, strict=True))
+        (convolved, entry, *saved), (needs_x, needs_entry, *needs) = saved, needed
         kind = grad_result.device.type
         # The forward pass has done its casts.
         autocast = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            return None, *_backward(ctx, saved, grad_result, needed)
+            grad_x, *gradients = _backward(
+                plan, saved, grad_result, [needs_x or needs_entry, *needs]
+            )
+            grad_entry = None
+            if grad_x is not None and convolved is not None:
+                wanted = [needs_x, needs_entry]
+                grad_x, grad_entry = _backward_entry(grad_x, convolved, entry, wanted)
+        return None, None if grad_x is None else grad_x.to(ctx.x_dtype), grad_entry, *gradients
 
 
 def _backward(
-    ctx: Any, saved: Sequence[Any], grad_result: Tensor, needed: Sequence[bool]
+    plan: Plan, saved: Sequence[Any], grad_result: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    plan: Plan = ctx.plan
+    """Gradients of the block's input and of the plan's parameters."""
     layers = len(plan.layers)
     kept = _Kept(*saved[: -2 * layers])
     # Packed again, so that only one block's copies exist at a time.
@@ -324,7 +351,10 @@ def _backward(
         grad_y = _in_channels_last(grad_result, features.dtype)
     else:
         grad_features.copy_(grad_result)
-    grad_x = _new_channels_last(ctx.x_shape, features) if needed[0] else None
+    grad_x = None
+    if needed[0]:
+        sizes = features.size(0), plan.in_channels, *features.shape[2:]
+        grad_x = _new_channels_last(sizes, features)
     grad_affine = torch.empty_like(kept.affine)
     # Of 16-bit products, sums over chunks of rows.
     grad_conv1 = torch.empty_like(conv1, dtype=wide) if any(needs_conv1) else None
@@ -336,11 +366,53 @@ def _backward(
             conv1, conv2, *_settings(plan, kept), plan.pool,
             grad_affine, grad_conv1, needs_conv1, grad_conv2, needs_conv2,
         )  # fmt: skip
-    if grad_x is not None:
-        grad_x = grad_x.to(ctx.x_dtype)
     gradients = _unpack_gradients(plan, grad_affine, grad_conv1, grad_conv2, needs_conv2)
     gradients.insert(0, grad_x)
     return [gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The block's input
+
+
+def _write_input(plan: Plan, x: Tensor, to: Tensor) -> Tensor | None:
+    """The first features of the block; what the entry has convolved, where there is one."""
+    if plan.entry is None:
+        to.copy_(x)
+        return None
+    convolved = _in_channels_last(x, plan.dtype)
+    weight = plan.entry.to(plan.dtype)
+    if products_are_as_convolutions(x.device, plan.dtype):
+        torch.mm(_rows(convolved), weight.flatten(1).t(), out=_rows(to))
+    else:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        to.copy_(convolve(convolved, weight))
+    return convolved
+
+
+def _backward_entry(
+    grad: Tensor, convolved: Tensor, entry: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of what the entry convolved and of its weight, from that of its result."""
+    weight, grad_x, grad_entry = entry.to(grad.dtype), None, None
+    if products_are_as_convolutions(grad.device, grad.dtype):
+        rows, needs_x, needs_entry = _rows(grad), *needed
+        if needs_x:
+            sizes = convolved.movedim(1, -1).shape
+            grad_x = torch.mm(rows, weight.flatten(1)).view(sizes).movedim(-1, 1)
+        if needs_entry:
+            grad_entry = torch.mm(rows.t(), _rows(convolved)).view_as(entry)
+    else:
+        ones, zeros = [1] * (grad.dim() - 2), [0] * (grad.dim() - 2)
+        grad_x, grad_entry, _ = torch.ops.aten.convolution_backward(
+            grad, convolved, weight, None, ones, zeros, ones, False, zeros, 1, [*needed, False]
+        )
+    return grad_x, None if grad_entry is None else grad_entry.to(entry.dtype)
+
+
+def _rows(images: Tensor) -> Tensor:
+    """Channels-last images as a matrix of pixels and channels, without a copy."""
+    return images.movedim(1, -1).view(-1, images.size(1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -365,13 +437,14 @@ def _pack_norms(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _pack_conv1(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The ``[B, C_l]`` one after the other."""
-    return _flatten_dense_tensors(weights).to(dtype)
+    flat: Tensor = _flatten_dense_tensors(weights)  # type: ignore[no-untyped-call]
+    return flat.to(dtype)
 
 
 def _pack_conv2(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """``[L, k, *kernel, B]``, contiguous."""
-    inner = torch.cat(list(weights)).to(dtype).movedim(1, -1)
-    return inner.contiguous().unflatten(0, (len(weights), -1))
+    inner = torch.cat(list(weights)).to(dtype).movedim(1, -1).contiguous()
+    return inner.view(len(weights), -1, *inner.shape[1:])
 
 
 def _unpack_gradients(
@@ -391,7 +464,7 @@ def _unpack_gradients(
         gradients += [None] * len(plan.conv1)
     else:
         flat = grad_conv1.to(plan.conv1[0].dtype)
-        gradients += _unflatten_dense_tensors(flat, plan.conv1)
+        gradients += _unflatten_dense_tensors(flat, plan.conv1)  # type: ignore[no-untyped-call]
     if grad_conv2 is None:
         gradients += [None] * len(plan.conv2)
     else:

@@ -407,19 +407,24 @@ class DenseBlock(nn.Module):
 
     @torch.compiler.disable
     def plan(
-        self, x: Tensor, reader: nn.Module | None = None, averages: bool = False
+        self,
+        x: Tensor,
+        reader: nn.Module | None = None,
+        averages: bool = False,
+        entry: nn.Module | None = None,
     ) -> Plan | None:
         """How to run as one operator on ``x``, with the module that reads it; None for not so.
 
-        With ``averages``, the result of a reader that is a norm is averaged over each image.
+        With ``averages``, the result of a reader that is a norm is averaged over each image. With
+        ``entry``, a transition's convolution, ``x`` is what that reads.
         Looking at every module of a block costs as much as running it, so plans are kept for as
         long as nothing has changed.
         """
-        roots = (self,) if reader is None else (self, reader)
-        use = reader is None, averages
-        return self._plans.get(use, x, roots, lambda: self._new_plan(x, reader, averages))
+        roots = [module for module in (self, reader, entry) if module is not None]
+        use = reader is None, averages, entry is None
+        return self._plans.get(use, x, roots, lambda: self._new_plan(x, reader, averages, entry))
 
-    def _new_plan(self, x: Tensor, reader: Any, averages: bool) -> Plan | None:
+    def _new_plan(self, x: Tensor, reader: Any, averages: bool, entry: Any) -> Plan | None:
         if self.why_not_fused(x) is not None:
             return None
         norm = reader.norm if type(reader) is _Transition else reader
@@ -430,11 +435,15 @@ class DenseBlock(nn.Module):
             if norm is not reader and (_why_called(reader, _Transition) or reader.why_not_fused(x)):
                 return None
         tensors, drop_rate = self._tensors()
+        # With dropout, masks depend on the format of what the convolution makes.
+        if entry is not None and (drop_rate > 0 or _why_not_convolution(entry, x, pointwise=True)):
+            return None
         bn = None if norm is None else _batch_norm(norm)
         pool = Pool.IMAGES if averages else Pool.NONE
         if norm is not reader:
             pool = Pool.WINDOWS
-        return Plan(x, tensors, drop_rate, self.recompute, bn, pool)
+        weight = None if entry is None else entry.weight
+        return Plan(x, tensors, drop_rate, self.recompute, bn, pool, weight)
 
     def is_plainly_channels_last(self, x: Tensor) -> bool:
         """Whether the output would be channels-last with ``efficient=False``."""
@@ -697,26 +706,24 @@ class DenseNet(nn.Module):
         """``relu(self.features(x))``, or its average over each image; appends what is read by
         something that pools.
 
-        A module and its last reader are one operator where nobody asks for what is between them.
+        A block and its last reader are one operator where nobody asks for what is between them. A
+        transition's convolution belongs to the next block's, where that may be one as well.
         """
         fuses = self.efficient and intermediates is None
         restores = self.efficient and self.training and self.drop_rate > 0
         modules: deque[Any] = deque(self.features.children())
         while modules:
+            plan = _plan(modules, x, averages) if fuses else None
             module = modules.popleft()
             if isinstance(module, DenseBlock):
                 channels_last = restores and module.is_plainly_channels_last(x)
-                plan = None
-                if fuses and _may_read_fused(modules):
-                    plan = module.plan(x, modules[0], averages and len(modules) == 1)
                 if plan is None:
                     y = module(x)
                 else:
-                    reader = modules.popleft()
+                    y, reader = _run_blocks(plan, x, modules, averages, follows=not restores)
                     if not isinstance(reader, _Transition):  # the final norm
-                        last: Tensor = plan.run(x)
-                        return last
-                    y = reader.conv(plan.run(x))
+                        return y
+                    y = reader.conv(y)
                     channels_last = restores and convolution_is_channels_last(
                         x, channels_last, reader.conv.weight, computed_dtype(x)
                     )
@@ -737,11 +744,36 @@ def _in_format(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=inner if channels_last else torch.contiguous_format)
 
 
-def _may_read_fused(following: Sequence[nn.Module]) -> bool:
-    """Whether the module after a block is its last reader: a transition, or the final norm."""
-    if not following:
-        return False
-    return type(following[0]) is _Transition or len(following) == 1
+def _plan(
+    modules: Sequence[Any], x: Tensor, averages: bool, entry: nn.Module | None = None
+) -> Plan | None:
+    """How the first of the modules runs with the second: a block with its last reader."""
+    if len(modules) < 2 or not isinstance(modules[0], DenseBlock):
+        return None
+    block, reader, is_last = modules[0], modules[1], len(modules) == 2
+    if type(reader) is not _Transition and not is_last:
+        return None
+    plan: Plan | None = block.plan(x, reader, averages and is_last, entry)
+    return plan
+
+
+def _run_blocks(
+    plan: Plan, x: Tensor, modules: deque[Any], averages: bool, follows: bool
+) -> tuple[Tensor, Any]:
+    """Runs a block with its last reader, which comes next.
+
+    And, with ``follows``, each block behind it that takes the convolution of the transition before.
+    Returns the last result and its reader; the convolution of a transition is still to run on it.
+    """
+    while True:
+        x, reader = plan.run(x), modules.popleft()
+        following = None
+        if follows and isinstance(reader, _Transition):
+            following = _plan(modules, x, averages, entry=reader.conv)
+        if following is None:
+            return x, reader
+        modules.popleft()
+        plan = following
 
 
 def _stem(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -164,12 +163,11 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     kept, needed, operands = rest[:6], rest[6], rest[7:]
     plan = _plan(x, *operands)
     saved = [tensor if tensor.numel() else None for tensor in kept]
-    context = SimpleNamespace(plan=plan, x_shape=x.shape, x_dtype=x.dtype)
     x_needs, remaining = needed[0], iter(needed[1:])
     has_weight, has_bias = operands[_LISTS : _LISTS + 2]
     present = [*has_weight, *has_bias, *[True] * (2 * len(plan.layers))]
     wanted = [x_needs, *(here and next(remaining) for here in present)]
-    gradients = _backward(context, [*saved, *plan.conv1, *plan.conv2], grad, wanted)
+    gradients = _backward(plan, [*saved, *plan.conv1, *plan.conv2], grad, wanted)
     return [g.clone() for g in gradients if g is not None]  # they share memory among them
 
 

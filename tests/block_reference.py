@@ -72,9 +72,10 @@ def plain_dense_block(
     recompute: str | None = None,
     batch_norm: Callable[[Tensor, BatchNorm], Tensor] = plain_batch_norm,
     dropout: Callable[[Tensor, float], Tensor] = F.dropout,
+    entry: Tensor | None = None,
 ) -> Tensor:
     convolution = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-    features = [x]
+    features = [x if entry is None else convolution(x, entry)]
     for layer in layers:
         z = convolution(F.relu(batch_norm(torch.cat(features, 1), layer.norm1)), layer.conv1)
         padding = [size // 2 for size in layer.conv2.shape[2:]]
@@ -134,6 +135,7 @@ class BlockProblem:
     grad_y: Tensor
     drop_rate: float = 0.0
     seed: int = 0  # of dropout
+    entry: Tensor | None = None  # weight of a 1x1 convolution in front of the block
 
     def to(self, dtype: torch.dtype) -> BlockProblem:
         def convert(name: str, t: Tensor) -> Tensor:
@@ -146,6 +148,7 @@ class BlockProblem:
             x=convert("x", self.x),
             layers=map_tensors(self.layers, convert),
             grad_y=convert("grad_y", self.grad_y),
+            entry=None if self.entry is None else convert("entry", self.entry),
         )
 
     def fresh(self) -> BlockProblem:
@@ -156,13 +159,22 @@ class BlockProblem:
                 return t.clone()
             return t.detach().requires_grad_(t.requires_grad)
 
-        return dataclasses.replace(self, x=leaf("x", self.x), layers=map_tensors(self.layers, leaf))
+        return dataclasses.replace(
+            self,
+            x=leaf("x", self.x),
+            layers=map_tensors(self.layers, leaf),
+            entry=None if self.entry is None else leaf("entry", self.entry),
+        )
 
     def inputs(self) -> dict[str, Tensor]:
         """All that wants a gradient, by name."""
-        found = {"x": self.x}
+        found = {"x": self.x} | self.options()
         map_tensors(self.layers, found.setdefault)
         return {name: t for name, t in found.items() if t.requires_grad}
+
+    def options(self) -> dict[str, Tensor]:
+        """What not every operator takes."""
+        return {} if self.entry is None else {"entry": self.entry}
 
     def statistics(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -176,7 +188,7 @@ class BlockProblem:
             return masks
         p = self.fresh()
         torch.manual_seed(p.seed)
-        plain_dense_block(p.x, p.layers, p.drop_rate, dropout=recording(masks))
+        plain_dense_block(p.x, p.layers, p.drop_rate, dropout=recording(masks), **p.options())
         return masks
 
 
@@ -199,13 +211,15 @@ def make_block_problem(
     mean: float = 0.5,
     std: float = 2.0,
     seed: int = 0,
+    entry_channels: int | None = None,
 ) -> BlockProblem:
     """A random block without kinks for an input of batch and spatial sizes `shape`.
 
     `norms` is a mode or a function from layer and norm (1 or 2) to options: `training`, `affine`,
     `statistics` (False: no running ones), `counted`, and BatchNorm's `momentum` and `eps`.
     `frozen` says of a tensor's name ("x", "layers[0].conv1") whether it wants no gradient;
-    `mean` and `std` are those of the input's channels.
+    `mean` and `std` are those of the input's channels. With `entry_channels`, the problem's x has
+    so many, and a 1x1 convolution makes the block's input of it.
     """
     generator = torch.Generator().manual_seed(seed)
     n, *spatial = shape
@@ -256,7 +270,8 @@ def make_block_problem(
         return t.requires_grad_(not is_statistic(name) and not frozen(name))
 
     # Two hills with a gap between them: channels of x are partly open in every dtype.
-    x = 2.0 * (randn(n, channels, *spatial) > 0) - 1 + 0.25 * randn(n, channels, *spatial)
+    given = entry_channels or channels
+    x = 2.0 * (randn(n, given, *spatial) > 0) - 1 + 0.25 * randn(n, given, *spatial)
     x = (mean + std * x).to(device, dtype)
     layers = map_tensors([make_layer(i) for i in range(num_layers)], convert)
     problem = BlockProblem(
@@ -266,6 +281,9 @@ def make_block_problem(
         drop_rate,
         seed,
     )
+    if entry_channels is not None:
+        ones = [1] * len(spatial)
+        problem.entry = convert("entry", weight(channels, entry_channels, *ones))
     # With a distance of eps, no mask of 90 problems of each dtype and size was found to flip. The
     # statistics that torch takes in float32 lose the digits of a large mean.
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * abs(mean) / std)
@@ -294,9 +312,8 @@ def clear_of_kinks(problem: BlockProblem, distance: float) -> None:
         return plain_batch_norm(x, norm)
 
     dropout = replaying(problem.masks())
-    plain_dense_block(
-        exact.x, exact.layers, exact.drop_rate, batch_norm=batch_norm, dropout=dropout
-    )
+    settings = dict(batch_norm=batch_norm, dropout=dropout, **exact.options())
+    plain_dense_block(exact.x, exact.layers, exact.drop_rate, **settings)
 
 
 @torch.no_grad()
@@ -346,7 +363,7 @@ def run(
     p = problem.fresh()
     torch.manual_seed(p.seed)
     with forward_in():
-        y = operator(p.x, p.layers, p.drop_rate, **kwargs)
+        y = operator(p.x, p.layers, p.drop_rate, **p.options(), **kwargs)
     result = {"y": y.detach().clone()}
     inputs = p.inputs()
     if inputs:

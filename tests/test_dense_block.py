@@ -208,6 +208,116 @@ def test_averages_of_large_images(device, dtype, shape, all_threads):
     assert_reader_matches(problem, Pool.IMAGES, factor=3 if dtype == torch.float32 else 2)
 
 
+# The convolution in front
+
+
+def entered(x, layers, drop_rate=0.0, recompute="bottleneck", entry=None):
+    return Plan(x, layers, drop_rate, recompute, entry=entry).run(x)
+
+
+PRODUCTS = pytest.mark.parametrize("products", [True, False], ids=["products", "convolutions"])
+
+
+@pytest.fixture
+def as_products(products, monkeypatch):
+    """Where torch's settings ask for it, a convolution in front is not a matrix product."""
+    if not products:
+        module = sys.modules["efficient_densenet.dense_block"]
+        monkeypatch.setattr(module, "products_are_as_convolutions", lambda *args: False)
+
+
+@PRODUCTS
+@pytest.mark.parametrize("norms", ["training", "mixed"])
+@pytest.mark.parametrize("memory_format", FORMATS[:3])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 1, 1), (1, 7, 1)], ids=str)
+@by_dtype()
+def test_entry(device, dtype, shape, memory_format, norms, as_products):
+    settings = dict(norms=norms, memory_format=memory_format, entry_channels=5)
+    problem = make_block_problem(shape, dtype, device, **settings)
+    assert_block_matches(problem, entered)
+    assert_same(run(entered, problem), run(entered, problem))
+
+
+@PRODUCTS
+@pytest.mark.parametrize("shape", TINY, ids=str)
+def test_gradcheck_of_an_entry(device, shape, as_products):
+    problem = make_block_problem(shape, torch.float64, device, entry_channels=3, **FEW)
+
+    def function(x, entry):
+        return entered(x, problem.fresh().layers, entry=entry)
+
+    inputs = problem.x, problem.entry
+    assert torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12, fast_mode=False)
+
+
+FROZEN_BEFORE = ["x", "entry", "x entry", "layers", "x layers", "entry layers"]
+
+
+@PRODUCTS
+@pytest.mark.parametrize("frozen", FROZEN_BEFORE)
+def test_frozen_entry(device, frozen, as_products):
+    settings = dict(dtype=torch.float64, device=device, entry_channels=5)
+    names = frozen.split()
+    problem = make_block_problem(**settings, frozen=lambda name: name.partition("[")[0] in names)
+    assert_block_matches(problem, entered)
+    saved = kept_by(entered, make_block_problem(**settings)) - kept_by(entered, problem)
+    assert saved == (problem.x.nbytes if frozen == "x entry" else 0)
+
+
+def test_a_gradient_of_the_layers_alone(device):
+    p = make_block_problem(device=device, entry_channels=5).fresh()
+    y, weight = entered(p.x, p.layers, entry=p.entry), p.layers[0].conv1
+    (alone,) = torch.autograd.grad(y.sum(), weight, retain_graph=True)
+    y.sum().backward()
+    assert torch.equal(alone, weight.grad)
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+@by_dtype(torch.float16, torch.bfloat16)
+def test_autocast_of_an_entry(device, dtype, backward_inside):
+    settings = dict(norm_dtype=torch.float32, entry_channels=5)
+    problem = make_block_problem(dtype=dtype, device=device, **settings).to(torch.float32)
+    autocast = partial(torch.autocast, device, dtype)
+    backward_in = autocast if backward_inside else nullcontext
+    found = block_errors(problem, entered, forward_in=autocast, backward_in=backward_in)
+    assert_error_rule(found, dtype)
+
+
+def test_an_entry_of_an_empty_batch(device):
+    p = make_block_problem(device=device, entry_channels=5).fresh()
+    y = entered(p.x[:0], p.layers, entry=p.entry)
+    assert y.shape == (0, 16, 4, 6)
+    y.sum().backward()
+    assert p.x.grad.shape == p.x.shape and not p.entry.grad.any()
+
+
+@pytest.mark.parametrize("changed", ["x", "entry"])
+def test_an_entry_changed_before_backward(device, changed):
+    settings = dict(entry_channels=5, memory_format="channels_last")
+    p = make_block_problem(device=device, **settings).fresh()
+    y = entered(p.x, p.layers, entry=p.entry)
+    p.inputs()[changed].detach().mul_(2)
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(entry=lambda t: t[:, :4]), r"entry: expected shape \[7, 5, 1, 1\], got .*4"),
+        (dict(entry=lambda t: t.repeat(1, 1, 3, 3)), "entry: expected shape"),
+        (dict(entry=torch.Tensor.double), "entry: expected torch.float32"),
+        (dict(entry=lambda t: t.to("meta")), "entry: expected device"),
+        (dict(drop_rate=0.2), "entry: expected None with dropout, got drop_rate 0.2"),
+    ],
+)
+def test_wrong_entries(device, options, message):
+    p = make_block_problem(device=device, entry_channels=5).fresh()
+    change = options.get("entry", lambda t: t)
+    with pytest.raises((ValueError, TypeError), match=message):
+        entered(p.x, p.layers, options.get("drop_rate", 0), entry=change(p.entry))
+
+
 MANY = (3, 150, 101)  # with 200 channels of 4 bytes: more than the scratch of a chunk
 
 
@@ -618,7 +728,8 @@ def test_save_on_cpu(device, recompute):
 def kept_by(block, problem, **kwargs):
     p, own = problem.fresh(), []
     map_tensors(p.layers, lambda name, t: own.append(t))
-    return kept_bytes(lambda: block(p.x, p.layers, p.drop_rate, **kwargs), own)
+    own += p.options().values()
+    return kept_bytes(lambda: block(p.x, p.layers, p.drop_rate, **p.options(), **kwargs), own)
 
 
 @BOTH

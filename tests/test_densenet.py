@@ -347,6 +347,7 @@ VARIANTS = {
     "frozen convolutions": lambda model: [
         p.requires_grad_(False) for name, p in model.named_parameters() if "conv" in name
     ],
+    "frozen transition": lambda model: model.features.transition1.conv.requires_grad_(False),
     "cumulative average": lambda model: set_on_norms(model, momentum=None),
     "no running statistics": lambda model: set_on_norms(
         model, track_running_stats=False, running_mean=None, running_var=None
@@ -522,8 +523,12 @@ def test_a_block_on_another_device_or_of_another_dtype_says_so():
 
 
 @pytest.mark.parametrize(
-    "name", ["", "denseblock1", "transition1", "transition1.conv", "transition1.pool", "norm_final"]
-)
+    "name",
+    [
+        "", "denseblock1", "transition1", "transition1.conv", "transition1.pool", "denseblock2",
+        "norm_final",
+    ],
+)  # fmt: skip
 def test_hooks_on_blocks_and_readers_are_called(device, name):
     plain, efficient = pair(device)
     shapes = []
@@ -533,6 +538,65 @@ def test_hooks_on_blocks_and_readers_are_called(device, name):
         module.register_full_backward_hook(lambda module, *grads: shapes.append(grads[1][0].shape))
     assert_same_training(plain, efficient, steps=2, device=device)
     assert len(shapes) == 8 and shapes[:4] == shapes[4:]
+
+
+def listen(module):
+    module.register_forward_hook(lambda module, x, y: None)
+
+
+def put_convolution(**options):
+    def change(model):
+        old = model.features.transition1.conv
+        settings = dict(kernel_size=1, bias=False) | options
+        conv = nn.Conv2d(old.in_channels, old.out_channels, **settings)
+        for p in conv.parameters():
+            nn.init.constant_(p, 0.1)
+        model.features.transition1.conv = conv.to(old.weight)
+
+    return change
+
+
+def on(name, function, *args):
+    return lambda model: function(model.features.get_submodule(name), *args)
+
+
+# How many of the two transitions convolve straight into the next block's features.
+TRANSITIONS = {
+    "as they are": (lambda model: None, 2),
+    "another convolution": (put_convolution(), 2),
+    "with a bias": (put_convolution(bias=True), 1),
+    "3x3": (put_convolution(kernel_size=3, padding=1), 1),
+    "parametrised": (on("transition1.conv", nn.utils.parametrizations.weight_norm), 1),
+    "pruned": (on("transition1.conv", nn.utils.prune.l1_unstructured, "weight", 0.5), 1),
+    "hook on a transition": (on("transition1", listen), 1),
+    "hook on its convolution": (on("transition1.conv", listen), 1),
+    "hook on the next block": (on("denseblock2", listen), 0),
+    "hook on the next block's reader": (on("transition2.norm", listen), 0),
+    "hook in the next block": (on("denseblock2.denselayer1.conv1", listen), 0),
+    "hook on the final norm": (on("norm_final", listen), 1),
+}
+
+
+@pytest.mark.parametrize("drop_rate", [0, 0.3])
+@pytest.mark.parametrize("change", TRANSITIONS)
+def test_transitions_convolve_into_the_next_block(device, change, drop_rate, monkeypatch):
+    change, expected = TRANSITIONS[change]
+    models, entries = pair(device, drop_rate=drop_rate), []
+    for model in models:
+        torch.manual_seed(0)
+        change(model)
+    dense_block_module = sys.modules["efficient_densenet.dense_block"]
+    write = dense_block_module._write_input
+    monkeypatch.setattr(
+        dense_block_module,
+        "_write_input",
+        lambda plan, *args: entries.append(plan.entry is not None) or write(plan, *args),
+    )
+    assert_same_training(*models, steps=1, device=device)
+    # Masks depend on the format of what the convolution makes.
+    assert sum(entries) == (0 if drop_rate else expected)
+    assert_same_training(*(model.eval() for model in models), steps=1, device=device)
+    assert sum(entries) == expected * (1 if drop_rate else 2)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -548,10 +612,6 @@ def test_the_head_averages_in_the_last_block(device, hooked):
     assert hooked == bool(names & {"aten::adaptive_avg_pool2d", "aten::relu"})
     torch.testing.assert_close(y, plans[0])
     torch.testing.assert_close(y, model.classifier(plans[1].mean((2, 3))))
-
-
-def listen(module):
-    module.register_forward_hook(lambda module, x, y: None)
 
 
 STEMS = {
