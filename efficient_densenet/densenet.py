@@ -443,7 +443,7 @@ class DenseBlock(nn.Module):
         if norm is not reader:
             pool = Pool.WINDOWS
         weight = None if entry is None else entry.weight
-        return Plan(x, tensors, drop_rate, self.recompute, bn, pool, weight)
+        return Plan(x, tensors, drop_rate, self.recompute, bn, pool, entry=weight)
 
     def is_plainly_channels_last(self, x: Tensor) -> bool:
         """Whether the output would be channels-last with ``efficient=False``."""
