@@ -16,7 +16,8 @@
 // Bytes: z once, times 1 + (2 W + 2) / R, the rest of that from the L2 cache; grad_y once per chunk
 // of B, from the L2 cache after the first. Partial results: 9 k B floats per part of the rows,
 // written and read. Operations: 18 M B k.
-// Limit: shared memory, which is read 1 + 2 (k / 8) / 6 times as often as there are products / 4.
+// Limit: shared memory (per 16 rows and tap, an operand of 1 KB for k / 8 * 2 products) and, with
+// few rows, the latency of a tile.
 #include "conv3x3.cuh"
 #include "parts.cuh"
 
