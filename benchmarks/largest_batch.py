@@ -181,7 +181,8 @@ def search(job: Job) -> Row:
     sizes, trials = candidates(), {}
 
     def fits(index: int) -> bool:
-        trials[index] = trial(sizes[index])
+        if index not in trials:
+            trials[index] = trial(sizes[index])
         return not trials[index].note
 
     guess = bisect.bisect_right(sizes, max(1, first_guess(small))) - 1

@@ -437,13 +437,14 @@ def _pack_norms(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _pack_conv1(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The ``[B, C_l]`` one after the other."""
-    return _flatten_dense_tensors(weights).to(dtype)
+    flat: Tensor = _flatten_dense_tensors(weights)  # type: ignore[no-untyped-call]
+    return flat.to(dtype)
 
 
 def _pack_conv2(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """``[L, k, *kernel, B]``, contiguous."""
-    inner = torch.cat(list(weights)).to(dtype).movedim(1, -1)
-    return inner.contiguous().unflatten(0, (len(weights), -1))
+    inner = torch.cat(list(weights)).to(dtype).movedim(1, -1).contiguous()
+    return inner.view(len(weights), -1, *inner.shape[1:])
 
 
 def _unpack_gradients(
@@ -463,7 +464,7 @@ def _unpack_gradients(
         gradients += [None] * len(plan.conv1)
     else:
         flat = grad_conv1.to(plan.conv1[0].dtype)
-        gradients += _unflatten_dense_tensors(flat, plan.conv1)
+        gradients += _unflatten_dense_tensors(flat, plan.conv1)  # type: ignore[no-untyped-call]
     if grad_conv2 is None:
         gradients += [None] * len(plan.conv2)
     else:

@@ -452,11 +452,12 @@ class DenseBlock(nn.Module):
         return block_is_channels_last(x, weights, computed_dtype(x))
 
     def kernel_path(self, x: Tensor) -> str:
-        """What the block's 1x1 convolutions would run on for this input, with torch's settings.
+        """What the block's convolutions would run on for this input, with torch's settings.
 
-        ``"tensor cores"``: batch norm, ReLU and the convolution are one kernel. ``"matrix products:
-        why"`` and ``"convolutions: why"``: operators of torch, on normalised features in scratch
-        memory. ``"layer by layer: why"``: the block is not one operator, see :meth:`why_not_fused`.
+        ``"tensor cores"``: batch norm, ReLU and each convolution are one kernel. ``"tensor cores
+        but for conv2: why"``: the second convolutions are torch's. ``"matrix products: why"`` and
+        ``"convolutions: why"``: operators of torch, on normalised features in scratch memory.
+        ``"layer by layer: why"``: the block is not one operator, see :meth:`why_not_fused`.
         """
         why = self.why_not_fused(x)
         if why is not None:

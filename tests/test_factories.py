@@ -194,6 +194,8 @@ def test_timm(device, efficient):
     ours = DenseNet(**SMALL, efficient=efficient).to(device).double()
     load_weights(ours, theirs.state_dict())
     assert_same_network(ours, theirs)
+    if not hasattr(theirs, "forward_intermediates"):
+        pytest.skip("this timm has no forward_intermediates to compare with")
     x = images(device, size=64)
     maps = ours.forward_intermediates(x)[1]
     their_maps = theirs.to(device).forward_intermediates(x, intermediates_only=True)

@@ -53,7 +53,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
                            const uint4* weight, const float* bias,
                            const __grid_constant__ Rows<T> z, double* partial_mean,
                            double* partial_m2) {
-  wait_for_kernels_before();
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kOutputs = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
   extern __shared__ uint4 shared[];
@@ -237,7 +236,6 @@ __host__ __device__ inline int64_t channels_of(const Conv1x1Weights& weights, in
 template <typename T>
 __global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weights,
                                     const __grid_constant__ PackedShape shape, T* packed) {
-  wait_for_kernels_before();
   const T* from = static_cast<const T*>(weights.data);
   for (int64_t l = 0; l < blockIdx.y; ++l) {
     from += weights.outputs * channels_of(weights, l);
@@ -270,7 +268,6 @@ struct FoldedEps {
 __global__ void fold_norms_kernel(BatchNorm bn, const __grid_constant__ FoldedEps eps,
                                   int64_t channels, int64_t begin, int64_t total, float* scale,
                                   float* bias) {
-  wait_for_kernels_before();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= total) return;
   const int64_t c = begin + i;
@@ -342,8 +339,9 @@ void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv
     const PackedShape shape(layout, kChunk<T>, rows, weights.outputs);
     const int64_t most = shape.elements(channels_of(weights, weights.layers - 1));
     const dim3 grid(std::min<int64_t>(ceil_div(most, kThreads), 64), weights.layers);
-    launch("pack_conv1x1_kernel", pack_conv1x1_kernel<T>, grid, kThreads, 0, stream, weights, shape,
-           static_cast<T*>(packed));
+    pack_conv1x1_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        weights, shape, static_cast<T*>(packed));
+    check(cudaGetLastError(), "pack_conv1x1_kernel");
   });
 }
 
@@ -354,8 +352,10 @@ void fold_norms(const Norms& norms, float* scale, float* bias, void* stream) {
     FoldedEps eps{};
     std::copy_n(norms.eps.begin() + first, count, eps.values);
     const int64_t begin = first * norms.channels, total = count * norms.channels;
-    launch("fold_norms_kernel", fold_norms_kernel, ceil_div(total, kThreads), kThreads, 0, stream,
-           norms.bn, eps, norms.channels, begin, total, scale, bias);
+    fold_norms_kernel<<<ceil_div(total, kThreads), kThreads, 0,
+                        static_cast<cudaStream_t>(stream)>>>(norms.bn, eps, norms.channels, begin,
+                                                             total, scale, bias);
+    check(cudaGetLastError(), "fold_norms_kernel");
   }
 }
 
@@ -372,22 +372,24 @@ void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* we
     partial_mean = problem.workspace(2 * outputs * chunking.chunks);
     partial_m2 = partial_mean + outputs * chunking.chunks;
   }
-  const auto run = [&](auto element, auto row_tiles, auto tiles) {
+  const auto launch = [&](auto element, auto row_tiles, auto tiles) {
     using T = decltype(element);
     constexpr int kRowTiles = decltype(row_tiles)::value, kTiles = decltype(tiles)::value;
     constexpr auto kKernel = bn_relu_conv1x1_kernel<T, kRowTiles, kTiles>;
     allow_shared<kKernel>();
     const int64_t bytes = warps.shared_bytes(kTiles, problem.channels, problem.element);
-    launch("bn_relu_conv1x1_kernel", kKernel, dim3(chunking.chunks, groups.groups),
-           warps.warps * kWarp, bytes, problem.stream, sizes, Rows<const T>(problem.features[0].x),
-           bn, static_cast<const uint4*>(weight), bias, Rows<T>(z, 4), partial_mean, partial_m2);
+    kKernel<<<dim3(chunking.chunks, groups.groups), warps.warps * kWarp, bytes,
+              static_cast<cudaStream_t>(problem.stream)>>>(
+        sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight), bias,
+        Rows<T>(z, 4), partial_mean, partial_m2);
+    check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
   };
   dispatch_operand(problem.element, [&](auto element) {
     dispatch_tiles(groups.tiles, [&](auto tiles) {
       if constexpr (decltype(tiles)::value <= 16) {
-        if (warps.row_tiles == 2) return run(element, std::integral_constant<int, 2>{}, tiles);
+        if (warps.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tiles);
       }
-      run(element, std::integral_constant<int, 1>{}, tiles);
+      launch(element, std::integral_constant<int, 1>{}, tiles);
     });
   });
   if (moments == nullptr) return;

@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
                                       const __grid_constant__ Rows<float> grad_features,
                                       bool first_reader, double* partial_dz,
                                       double* partial_dz_centred) {
-  wait_for_kernels_before();
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kChunks_ = kChunks<T, kTiles>, kWeightStage_ = kWeightStage<T, kTiles>;
   extern __shared__ uint4 shared[];
@@ -330,12 +329,13 @@ void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, con
       const int64_t partials = problem.channels * cut.chunking.chunks;
       double* const partial_dz = problem.workspace(2 * partials);
       double* const partial_dz_centred = partial_dz + partials;
-      launch("bn_relu_conv1x1_grad_input_kernel", kKernel, dim3(cut.chunking.chunks, cut.splits),
-             cut.warps * kWarp, cut.shared_bytes, problem.stream, sizes,
-             Rows<const T>(problem.features[0].x, 4), bn, static_cast<const uint4*>(weight),
-             Rows<const T>(reader.grad_y), Rows<const float>(reader.grad_features, 4),
-             Rows<float>(reader.grad_features, 4), reader.first_reader, partial_dz,
-             partial_dz_centred);
+      kKernel<<<dim3(cut.chunking.chunks, cut.splits), cut.warps * kWarp, cut.shared_bytes,
+                static_cast<cudaStream_t>(problem.stream)>>>(
+          sizes, Rows<const T>(problem.features[0].x, 4), bn, static_cast<const uint4*>(weight),
+          Rows<const T>(reader.grad_y), Rows<const float>(reader.grad_features, 4),
+          Rows<float>(reader.grad_features, 4), reader.first_reader, partial_dz,
+          partial_dz_centred);
+      check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
       merge_reader(problem, bn, reader, cut.chunking, partial_dz, partial_dz_centred);
     });
   });

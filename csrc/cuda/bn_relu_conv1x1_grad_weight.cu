@@ -103,7 +103,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
                                        const __grid_constant__ Rows<const T> x, BatchNorm bn,
                                        const __grid_constant__ Rows<const T> grad_z,
                                        float* partial) {
-  wait_for_kernels_before();
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   using S = Shape<T, kOutputs>;
   constexpr int kThreads_ = kWarps * kWarp;
@@ -265,9 +264,9 @@ void bn_relu_conv1x1_grad_weight(const Problem& problem, const BatchNorm& bn, in
       auto* const partial = reinterpret_cast<float*>(problem.workspace((parts * elements + 1) / 2));
       constexpr auto kKernel = bn_relu_conv1x1_grad_weight_kernel<T, S::kOutputs>;
       allow_shared<kKernel>();
-      launch("bn_relu_conv1x1_grad_weight_kernel", kKernel,
-             dim3(column_blocks, output_blocks, parts), kWarps * kWarp, S::kBytes, stream, sizes,
-             Rows<const T>(problem.features[0].x), bn, Rows<const T>(grad_z), partial);
+      kKernel<<<dim3(column_blocks, output_blocks, parts), kWarps * kWarp, S::kBytes, stream>>>(
+          sizes, Rows<const T>(problem.features[0].x), bn, Rows<const T>(grad_z), partial);
+      check(cudaGetLastError(), "bn_relu_conv1x1_grad_weight_kernel");
       add_parts(elements, parts, partial, grad_weight, stream);
     });
   });

@@ -57,7 +57,6 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
                            const __grid_constant__ Rows<const T> z, BatchNorm bn,
                            const uint4* weight, const __grid_constant__ Rows<T> y,
                            double* partial_mean, double* partial_m2) {
-  wait_for_kernels_before();
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kWeights = kConv3x3Stage<kTiles>;
   extern __shared__ __align__(128) uint4 shared[];
@@ -169,7 +168,6 @@ struct PackedShape {
 template <typename T>
 __global__ void pack_conv3x3_kernel(const __grid_constant__ Conv3x3Weights weights,
                                     const __grid_constant__ PackedShape shape, T* packed) {
-  wait_for_kernels_before();
   constexpr int kWord = 4 / sizeof(T);  // elements
   const T* const from =
       static_cast<const T*>(weights.data) + blockIdx.y * weights.outputs * kTaps * weights.channels;
@@ -229,8 +227,9 @@ void pack_conv3x3(Element element, bool grad_input, const Conv3x3Weights& weight
   dispatch_operand(element, [&](auto tag) {
     using T = decltype(tag);
     const dim3 grid(std::min<int64_t>(ceil_div(shape.elements(), kThreads), 64), weights.layers);
-    launch("pack_conv3x3_kernel", pack_conv3x3_kernel<T>, grid, kThreads, 0, stream, weights, shape,
-           static_cast<T*>(packed));
+    pack_conv3x3_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        weights, shape, static_cast<T*>(packed));
+    check(cudaGetLastError(), "pack_conv3x3_kernel");
   });
 }
 
@@ -257,21 +256,23 @@ void bn_relu_conv3x3(const Problem& problem, const BatchNorm& bn, bool is_normal
     partial_mean = problem.workspace(2 * outputs * chunking.chunks);
     partial_m2 = partial_mean + outputs * chunking.chunks;
   }
-  const auto run = [&](auto element, auto row_tiles, auto tiles_tag, auto normalised_tag) {
+  const auto launch = [&](auto element, auto row_tiles, auto tiles_tag, auto normalised_tag) {
     using T = decltype(element);
     constexpr auto kKernel =
         bn_relu_conv3x3_kernel<T, decltype(row_tiles)::value, decltype(tiles_tag)::value,
                                decltype(normalised_tag)::value>;
     allow_shared<kKernel>();
-    launch("bn_relu_conv3x3_kernel", kKernel, chunking.chunks, cut.warps * kWarp,
-           layout(cut).bytes(stages), problem.stream, sizes, Rows<const T>(problem.features[0].x),
-           bn, static_cast<const uint4*>(weight), Rows<T>(y, 4), partial_mean, partial_m2);
+    kKernel<<<chunking.chunks, cut.warps * kWarp, layout(cut).bytes(stages),
+              static_cast<cudaStream_t>(problem.stream)>>>(
+        sizes, Rows<const T>(problem.features[0].x), bn, static_cast<const uint4*>(weight),
+        Rows<T>(y, 4), partial_mean, partial_m2);
+    check(cudaGetLastError(), "bn_relu_conv3x3_kernel");
   };
   dispatch_operand(problem.element, [&](auto element) {
     dispatch_conv3x3_tiles(conv3x3_tiles(false, outputs), [&](auto tiles) {
       const auto with_row_tiles = [&](auto row_tiles) {
-        if (is_normalised) return run(element, row_tiles, tiles, std::true_type{});
-        run(element, row_tiles, tiles, std::false_type{});
+        if (is_normalised) return launch(element, row_tiles, tiles, std::true_type{});
+        launch(element, row_tiles, tiles, std::false_type{});
       };
       if (cut.row_tiles == 2) return with_row_tiles(std::integral_constant<int, 2>{});
       with_row_tiles(std::integral_constant<int, 1>{});

@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
                                       const uint4* weight, const __grid_constant__ Rows<T> grad_y,
                                       const __grid_constant__ Rows<T> grad_z, double* partial_dz,
                                       double* partial_dz_centred) {
-  wait_for_kernels_before();
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kWeights = kConv3x3Stage<kTiles>;
   constexpr int kColumns = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
@@ -312,22 +311,23 @@ void bn_relu_conv3x3_grad_input(const Problem& problem, const BatchNorm& bn, con
   double* const partial_dz = problem.workspace(2 * partials);
   double* const partial_dz_centred = partial_dz + partials;
   const View& grad_z = gradients.grad_y;
-  const auto run = [&](auto element, auto row_tiles, auto tiles_tag) {
+  const auto launch = [&](auto element, auto row_tiles, auto tiles_tag) {
     using T = decltype(element);
     constexpr auto kKernel = bn_relu_conv3x3_grad_input_kernel<T, decltype(row_tiles)::value,
                                                                decltype(tiles_tag)::value>;
     allow_shared<kKernel>();
-    launch("bn_relu_conv3x3_grad_input_kernel", kKernel, dim3(chunking.chunks, splits),
-           cut.warps * kWarp, bytes(cut), problem.stream, sizes,
-           Rows<const float>(gathered.grad_features, 4), Rows<const T>(gathered.y, 4),
-           Gather{gathered.mean, gathered.correction}, Rows<const T>(problem.features[0].x, 4), bn,
-           static_cast<const uint4*>(weight), Rows<T>(grad_y, 4), Rows<T>(grad_z, 4), partial_dz,
-           partial_dz_centred);
+    kKernel<<<dim3(chunking.chunks, splits), cut.warps * kWarp, bytes(cut),
+              static_cast<cudaStream_t>(problem.stream)>>>(
+        sizes, Rows<const float>(gathered.grad_features, 4), Rows<const T>(gathered.y, 4),
+        Gather{gathered.mean, gathered.correction}, Rows<const T>(problem.features[0].x, 4), bn,
+        static_cast<const uint4*>(weight), Rows<T>(grad_y, 4), Rows<T>(grad_z, 4), partial_dz,
+        partial_dz_centred);
+    check(cudaGetLastError(), "bn_relu_conv3x3_grad_input_kernel");
   };
   dispatch_operand(problem.element, [&](auto element) {
     dispatch_conv3x3_tiles(tiles, [&](auto tag) {
-      if (cut.row_tiles == 2) return run(element, std::integral_constant<int, 2>{}, tag);
-      run(element, std::integral_constant<int, 1>{}, tag);
+      if (cut.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tag);
+      launch(element, std::integral_constant<int, 1>{}, tag);
     });
   });
   merge_gradients(problem, bn, gradients, chunking, partial_dz, partial_dz_centred);

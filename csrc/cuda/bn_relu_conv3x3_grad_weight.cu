@@ -16,7 +16,8 @@
 // Bytes: z once, times 1 + (2 W + 2) / R, the rest of that from the L2 cache; grad_y once per chunk
 // of B, from the L2 cache after the first. Partial results: 9 k B floats per part of the rows,
 // written and read. Operations: 18 M B k.
-// Limit: shared memory, which is read 1 + 2 (k / 8) / 6 times as often as there are products / 4.
+// Limit: shared memory (per 16 rows and tap, an operand of 1 KB for k / 8 * 2 products) and, with
+// few rows, the latency of a tile.
 #include "conv3x3.cuh"
 #include "parts.cuh"
 
@@ -143,7 +144,6 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
                                        const __grid_constant__ Rows<const T> z, BatchNorm bn,
                                        const __grid_constant__ Rows<const T> grad_y,
                                        float* partial) {
-  wait_for_kernels_before();
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kColumns = kTiles * kTileColumns, kPitch_ = kPitch<T, kTiles>;
   constexpr int kRowPieces = kColumns / kPiece<T>;  // of grad_y
@@ -312,9 +312,9 @@ void bn_relu_conv3x3_grad_weight(const Problem& problem, const BatchNorm& bn,
       if constexpr (decltype(tag)::value <= kMostTiles) {
         constexpr auto kKernel = bn_relu_conv3x3_grad_weight_kernel<T, decltype(tag)::value>;
         allow_shared<kKernel>();
-        launch("bn_relu_conv3x3_grad_weight_kernel", kKernel, dim3(chunks, parts, groups),
-               kBlockThreads, bytes, stream, sizes, Rows<const T>(problem.features[0].x), bn,
-               Rows<const T>(grad_y), partial);
+        kKernel<<<dim3(chunks, parts, groups), kBlockThreads, bytes, stream>>>(
+            sizes, Rows<const T>(problem.features[0].x), bn, Rows<const T>(grad_y), partial);
+        check(cudaGetLastError(), "bn_relu_conv3x3_grad_weight_kernel");
       }
     });
     add_parts<T>(elements, parts, partial, static_cast<T*>(grad_weight), stream);

@@ -111,7 +111,6 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     bn_relu_max_pool_kernel(const __grid_constant__ Images images, Chunking chunking, BatchNorm bn,
                             const __grid_constant__ Pooled pooled) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(images, images.walked, chunking);
@@ -220,7 +219,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     max_pool_sums_kernel(const __grid_constant__ Images images, Chunking chunking, BatchNorm bn,
                          const __grid_constant__ Pooled pooled, double* partial_dz,
                          double* partial_dz_centred) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(images, images.walked, chunking);
@@ -250,7 +248,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     max_pool_grad_x_kernel(const __grid_constant__ Images images, Chunking chunking, BatchNorm bn,
                            const __grid_constant__ Pooled pooled,
                            const __grid_constant__ Gradients gradients) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(images, images.walked, chunking);
@@ -333,10 +330,11 @@ struct Call {
 void bn_relu_max_pool(const Problem& problem, const BatchNorm& bn, const Pooled& pooled) {
   const Call call(problem, pooled, pooled_rows(problem.rows), Plan::kElementwiseBlocks);
   call.dispatch(problem.element, [&](auto element, auto vector) {
-    launch("bn_relu_max_pool_kernel",
-           bn_relu_max_pool_kernel<decltype(element), decltype(vector)::value>,
-           call.plan.grid(call.images), call.plan.block, 0, problem.stream, call.images,
-           call.plan.chunking, bn, pooled);
+    bn_relu_max_pool_kernel<decltype(element), decltype(vector)::value>
+        <<<call.plan.grid(call.images), call.plan.block, 0,
+           static_cast<cudaStream_t>(problem.stream)>>>(call.images, call.plan.chunking, bn,
+                                                        pooled);
+    check(cudaGetLastError(), "bn_relu_max_pool_kernel");
   });
 }
 
@@ -352,13 +350,13 @@ void bn_relu_max_pool_backward(const Problem& problem, const BatchNorm& bn, cons
   sums.dispatch(problem.element, [&](auto element, auto vector) {
     using T = decltype(element);
     constexpr int V = decltype(vector)::value;
-    launch("max_pool_sums_kernel", max_pool_sums_kernel<T, V>, sums.plan.grid(sums.images),
-           sums.plan.block, 0, stream, sums.images, chunking, bn, pooled, partial_dz,
-           partial_dz_centred);
+    max_pool_sums_kernel<T, V><<<sums.plan.grid(sums.images), sums.plan.block, 0, stream>>>(
+        sums.images, chunking, bn, pooled, partial_dz, partial_dz_centred);
+    check(cudaGetLastError(), "max_pool_sums_kernel");
     merge_gradients(problem, bn, gradients, chunking, partial_dz, partial_dz_centred);
-    launch("max_pool_grad_x_kernel", max_pool_grad_x_kernel<T, V>, grad_x.plan.grid(grad_x.images),
-           grad_x.plan.block, 0, stream, grad_x.images, grad_x.plan.chunking, bn, pooled,
-           gradients);
+    max_pool_grad_x_kernel<T, V><<<grad_x.plan.grid(grad_x.images), grad_x.plan.block, 0, stream>>>(
+        grad_x.images, grad_x.plan.chunking, bn, pooled, gradients);
+    check(cudaGetLastError(), "max_pool_grad_x_kernel");
   });
 }
 

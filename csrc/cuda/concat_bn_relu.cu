@@ -18,7 +18,6 @@ __global__ void __launch_bounds__(kThreads)
     concat_bn_relu_kernel(const __grid_constant__ Inputs inputs,
                           const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
                           const __grid_constant__ View y_view) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   const T_ tile(inputs, rows, chunking);
@@ -58,9 +57,10 @@ void concat_bn_relu(const Problem& problem, const BatchNorm& bn, const View& y) 
     using W = decltype(walk);
     using Inputs = typename W::Inputs;
     for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      launch("concat_bn_relu_kernel",
-             concat_bn_relu_kernel<T, W::vector, W::channels_inner, Inputs>, plan.grid(inputs),
-             plan.block, 0, problem.stream, inputs, problem.rows, plan.chunking, bn, y);
+      concat_bn_relu_kernel<T, W::vector, W::channels_inner, Inputs>
+          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+              inputs, problem.rows, plan.chunking, bn, y);
+      check(cudaGetLastError(), "concat_bn_relu_kernel");
     });
   });
 }

@@ -23,7 +23,6 @@ __global__ void __launch_bounds__(kThreads)
                          const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
                          const __grid_constant__ View grad_y_view, double* partial_dz,
                          double* partial_dz_centred) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   constexpr int kChannels = T_::kChannels;
@@ -68,7 +67,6 @@ template <typename Acc>
 __global__ void merge_sums_kernel(int64_t channels, Chunking chunking, const double* partial_dz,
                                   const double* partial_dz_centred, BatchNorm bn,
                                   Gradients gradients) {
-  wait_for_kernels_before();
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
   if (c >= channels) return;
   const Sums<double> sums = merged_sums(c, chunking, partial_dz, partial_dz_centred);
@@ -82,7 +80,6 @@ __global__ void __launch_bounds__(kThreads)
     grad_features_kernel(const __grid_constant__ Inputs inputs,
                          const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
                          const __grid_constant__ Gradients gradients) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   const T_ tile(inputs, rows, chunking);
@@ -129,8 +126,10 @@ void merge_gradients(const Problem& problem, const BatchNorm& bn, const Gradient
                      const double* partial_dz_centred) {
   const auto kernel =
       is_double(problem.element) ? merge_sums_kernel<double> : merge_sums_kernel<float>;
-  launch("merge_sums_kernel", kernel, merge_grid(problem.channels), merge_block(), 0,
-         problem.stream, problem.channels, chunking, partial_dz, partial_dz_centred, bn, gradients);
+  kernel<<<merge_grid(problem.channels), merge_block(), 0,
+           static_cast<cudaStream_t>(problem.stream)>>>(problem.channels, chunking, partial_dz,
+                                                        partial_dz_centred, bn, gradients);
+  check(cudaGetLastError(), "merge_sums_kernel");
 }
 
 void backward_elementwise(const Problem& problem, const BatchNorm& bn, const Gradients& gradients) {
@@ -140,9 +139,10 @@ void backward_elementwise(const Problem& problem, const BatchNorm& bn, const Gra
     using W = decltype(walk);
     using Inputs = typename W::Inputs;
     for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      launch("grad_features_kernel", grad_features_kernel<T, W::vector, W::channels_inner, Inputs>,
-             plan.grid(inputs), plan.block, 0, problem.stream, inputs, problem.rows, plan.chunking,
-             bn, gradients);
+      grad_features_kernel<T, W::vector, W::channels_inner, Inputs>
+          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+              inputs, problem.rows, plan.chunking, bn, gradients);
+      check(cudaGetLastError(), "grad_features_kernel");
     });
   });
 }
@@ -157,9 +157,11 @@ void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
     using W = decltype(walk);
     using Inputs = typename W::Inputs;
     for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      launch("backward_sums_kernel", backward_sums_kernel<T, W::vector, W::channels_inner, Inputs>,
-             plan.grid(inputs), plan.block, 0, problem.stream, inputs, problem.rows, plan.chunking,
-             bn, gradients.grad_y, partial_dz, partial_dz_centred);
+      backward_sums_kernel<T, W::vector, W::channels_inner, Inputs>
+          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+              inputs, problem.rows, plan.chunking, bn, gradients.grad_y, partial_dz,
+              partial_dz_centred);
+      check(cudaGetLastError(), "backward_sums_kernel");
     });
   });
   merge_gradients(problem, bn, gradients, plan.chunking, partial_dz, partial_dz_centred);

@@ -10,8 +10,6 @@
 // Bytes: each element is read once (and written once where it is copied), sizeof(T) per element; 16
 // bytes per channel and chunk besides.
 // Limit: memory bandwidth. Shared memory: 20 KB at V = 8.
-#include <atomic>
-
 #include "moments.cuh"
 
 namespace efficient_densenet::cuda {
@@ -50,7 +48,6 @@ __global__ void __launch_bounds__(kThreads)
                            const __grid_constant__ RowSpace rows, Chunking chunking,
                            const __grid_constant__ View copy, double* partial_mean,
                            double* partial_m2) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   constexpr int kChannels = T_::kChannels;
@@ -133,7 +130,6 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunking chunking,
                                      const double* partial_mean, const double* partial_m2,
                                      Statistics statistics) {
-  wait_for_kernels_before();
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
   if (c >= channels) return;
   const double* const means = partial_mean + c * chunking.chunks;
@@ -160,33 +156,15 @@ __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunki
   statistics.var[c] = m2 / row_count;
 }
 
-bool device_overlaps(int device) {
-  int major = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "cudaDeviceGetAttribute");
-  // Code for older devices, compiled again for a newer one, has no waits.
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, merge_moments_kernel), "cudaFuncGetAttributes");
-  return major >= 9 && attributes.ptxVersion >= 90;
-}
-
 }  // namespace
-
-bool kernels_overlap() {
-  enum Answer { kUnknown, kYes, kNo };
-  static std::atomic<int> known[kKnownDevices];
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  if (device >= kKnownDevices) return device_overlaps(device);
-  if (known[device] == kUnknown) known[device] = device_overlaps(device) ? kYes : kNo;
-  return known[device] == kYes;
-}
 
 void merge_moments(int64_t channels, int64_t row_count, const Chunking& chunking,
                    const double* partial_mean, const double* partial_m2,
                    const Statistics& statistics, void* stream) {
-  launch("merge_moments_kernel", merge_moments_kernel, merge_grid(channels), merge_block(), 0,
-         stream, channels, row_count, chunking, partial_mean, partial_m2, statistics);
+  merge_moments_kernel<<<merge_grid(channels), merge_block(), 0,
+                         static_cast<cudaStream_t>(stream)>>>(channels, row_count, chunking,
+                                                              partial_mean, partial_m2, statistics);
+  check(cudaGetLastError(), "merge_moments_kernel");
 }
 
 void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
@@ -200,10 +178,10 @@ void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
     using W = decltype(walk);
     using Inputs = typename W::Inputs;
     for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      launch("concat_bn_stats_kernel",
-             concat_bn_stats_kernel<T, W::vector, W::channels_inner, Inputs>, plan.grid(inputs),
-             plan.block, 0, stream, inputs, problem.rows, plan.chunking, copy, partial_mean,
-             partial_m2);
+      concat_bn_stats_kernel<T, W::vector, W::channels_inner, Inputs>
+          <<<plan.grid(inputs), plan.block, 0, stream>>>(inputs, problem.rows, plan.chunking, copy,
+                                                         partial_mean, partial_m2);
+      check(cudaGetLastError(), "concat_bn_stats_kernel");
     });
   });
   merge_moments(problem.channels, problem.rows.count, plan.chunking, partial_mean, partial_m2,

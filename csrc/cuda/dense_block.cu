@@ -67,7 +67,6 @@ __global__ void __launch_bounds__(kThreads)
                       const __grid_constant__ Pooling pooling,
                       const __grid_constant__ View grad_features_view, bool first_reader,
                       double* partial_dz, double* partial_dz_centred) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   using Source = Source_<T, V>;
@@ -117,7 +116,6 @@ template <typename Acc>
 __global__ void merge_reader_kernel(int64_t channels, Chunking chunking, const double* partial_dz,
                                     const double* partial_dz_centred, BatchNorm bn,
                                     const __grid_constant__ Reader reader) {
-  wait_for_kernels_before();
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
   if (c >= channels) return;
   Sums<double> sums = merged_sums(c, chunking, partial_dz, partial_dz_centred);
@@ -148,7 +146,6 @@ __global__ void __launch_bounds__(kThreads)
     finalise_kernel(const __grid_constant__ Matrix matrix, const __grid_constant__ RowSpace rows,
                     Chunking chunking, const __grid_constant__ View grad_features_view,
                     const double* mean, Correction sums) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(matrix, rows, chunking);
@@ -189,7 +186,6 @@ __global__ void __launch_bounds__(kThreads)
     pool_kernel(const __grid_constant__ Matrix matrix, const __grid_constant__ RowSpace pooled_rows,
                 Chunking chunking, BatchNorm bn, const __grid_constant__ Pooling pooling,
                 const __grid_constant__ View y_view) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(matrix, pooled_rows, chunking);
@@ -257,7 +253,6 @@ __device__ void move_all(const RunningStatistics& norm, double momentum, double 
 
 __global__ void update_running_statistics_kernel(const __grid_constant__ NormList norms,
                                                  double unbiased) {
-  wait_for_kernels_before();
   const RunningStatistics& norm = norms.items[blockIdx.x];
   const bool counts = norm.num_batches_tracked != nullptr;
   const int64_t count = counts ? *norm.num_batches_tracked + 1 : 0;
@@ -291,8 +286,10 @@ void merge_reader(const Problem& problem, const BatchNorm& bn, const Reader& rea
                   const double* partial_dz_centred) {
   const auto kernel =
       is_double(problem.element) ? merge_reader_kernel<double> : merge_reader_kernel<float>;
-  launch("merge_reader_kernel", kernel, merge_grid(problem.channels), merge_block(), 0,
-         problem.stream, problem.channels, chunking, partial_dz, partial_dz_centred, bn, reader);
+  kernel<<<merge_grid(problem.channels), merge_block(), 0,
+           static_cast<cudaStream_t>(problem.stream)>>>(problem.channels, chunking, partial_dz,
+                                                        partial_dz_centred, bn, reader);
+  check(cudaGetLastError(), "merge_reader_kernel");
 }
 
 void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const Reader& reader) {
@@ -310,9 +307,10 @@ void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const R
     constexpr int V = decltype(walk)::vector;
     const auto kernel = reader.pooling == nullptr ? accumulate_kernel<T, V, DirectSource>
                                                   : accumulate_kernel<T, V, PooledSource>;
-    launch("accumulate_kernel", kernel, plan.grid(matrix), plan.block, 0, stream, matrix,
-           problem.rows, plan.chunking, bn, reader.grad_y, pooling, reader.grad_features,
-           reader.first_reader, partial_dz, partial_dz_centred);
+    kernel<<<plan.grid(matrix), plan.block, 0, stream>>>(
+        matrix, problem.rows, plan.chunking, bn, reader.grad_y, pooling, reader.grad_features,
+        reader.first_reader, partial_dz, partial_dz_centred);
+    check(cudaGetLastError(), "accumulate_kernel");
   });
   merge_reader(problem, bn, reader, plan.chunking, partial_dz, partial_dz_centred);
 }
@@ -322,9 +320,10 @@ void dense_block_finalise(const Problem& problem, const View& grad_features, con
   const Plan plan(problem, &grad_features, Plan::kElementwiseBlocks);
   const Matrix matrix{problem.features[0]};
   dispatch_matrix(problem.element, plan.walk.vector, [&](auto element, auto walk) {
-    launch("finalise_kernel", finalise_kernel<decltype(element), decltype(walk)::vector>,
-           plan.grid(matrix), plan.block, 0, problem.stream, matrix, problem.rows, plan.chunking,
-           grad_features, mean, correction);
+    finalise_kernel<decltype(element), decltype(walk)::vector>
+        <<<plan.grid(matrix), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+            matrix, problem.rows, plan.chunking, grad_features, mean, correction);
+    check(cudaGetLastError(), "finalise_kernel");
   });
 }
 
@@ -336,8 +335,10 @@ void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling
   const Plan plan(pooled, &y, Plan::kElementwiseBlocks);
   const Matrix matrix{problem.features[0]};
   dispatch_matrix(problem.element, plan.walk.vector, [&](auto element, auto walk) {
-    launch("pool_kernel", pool_kernel<decltype(element), decltype(walk)::vector>, plan.grid(matrix),
-           plan.block, 0, problem.stream, matrix, pooled.rows, plan.chunking, bn, pooling, y);
+    pool_kernel<decltype(element), decltype(walk)::vector>
+        <<<plan.grid(matrix), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+            matrix, pooled.rows, plan.chunking, bn, pooling, y);
+    check(cudaGetLastError(), "pool_kernel");
   });
 }
 
@@ -348,8 +349,9 @@ void update_running_statistics(const std::vector<RunningStatistics>& norms, int6
     const size_t count = std::min<size_t>(kMaxNorms, norms.size() - begin);
     NormList list;
     std::copy_n(norms.begin() + begin, count, list.items);
-    launch("update_running_statistics_kernel", update_running_statistics_kernel, count, kThreads, 0,
-           stream, list, unbiased);
+    update_running_statistics_kernel<<<count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        list, unbiased);
+    check(cudaGetLastError(), "update_running_statistics_kernel");
   }
 }
 

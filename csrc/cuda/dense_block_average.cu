@@ -58,7 +58,6 @@ __global__ void __launch_bounds__(kThreads)
     average_kernel(const __grid_constant__ Matrix matrix,
                    const __grid_constant__ RowSpace image_rows, int64_t images, Chunking chunking,
                    BatchNorm bn, Averages<T> averages) {
-  wait_for_kernels_before();
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(matrix, image_rows, chunking);
@@ -96,7 +95,6 @@ __global__ void __launch_bounds__(kThreads)
 // One warp per image and channel.
 template <typename T>
 __global__ void merge_averages_kernel(int64_t count, Averages<T> averages) {
-  wait_for_kernels_before();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
   if (i >= count) return;
   double sum = 0;
@@ -126,11 +124,12 @@ void average_images(const Problem& problem, const BatchNorm& bn, const Pooling& 
     using T = decltype(element);
     const Averages<T> averages{static_cast<T*>(y.data), y.row_strides[0], partial,
                                problem.channels,        pooling.window,   chunks};
-    launch("average_kernel", average_kernel<T, decltype(walk)::vector>, grid, plan.block, 0, stream,
-           matrix, image.rows, pooling.images, plan.chunking, bn, averages);
+    average_kernel<T, decltype(walk)::vector><<<grid, plan.block, 0, stream>>>(
+        matrix, image.rows, pooling.images, plan.chunking, bn, averages);
+    check(cudaGetLastError(), "average_kernel");
     if (chunks == 1) return;
-    launch("merge_averages_kernel", merge_averages_kernel<T>, merge_grid(count), merge_block(), 0,
-           stream, count, averages);
+    merge_averages_kernel<T><<<merge_grid(count), merge_block(), 0, stream>>>(count, averages);
+    check(cudaGetLastError(), "merge_averages_kernel");
   });
 }
 

@@ -319,6 +319,8 @@ class CurrentDevice {
 // Bytes of shared memory that a block is to have on the current device. In bn_relu_conv1x1.cu.
 int64_t shared_memory();
 
+constexpr int kKnownDevices = 64;  // those beyond are asked every time
+
 // Lets a kernel have all that the device allows; asked once per kernel and device.
 template <auto kKernel>
 void allow_shared() {

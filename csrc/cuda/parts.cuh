@@ -7,7 +7,6 @@ namespace efficient_densenet::cuda {
 
 template <typename T>
 __global__ void add_parts_kernel(int64_t elements, int parts, const float* partial, T* sums) {
-  wait_for_kernels_before();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= elements) return;
   double sum = 0;
@@ -17,8 +16,9 @@ __global__ void add_parts_kernel(int64_t elements, int parts, const float* parti
 
 template <typename T>
 void add_parts(int64_t elements, int parts, const float* partial, T* sums, cudaStream_t stream) {
-  launch("add_parts_kernel", add_parts_kernel<T>, ceil_div(elements, kThreads), kThreads, 0, stream,
-         elements, parts, partial, sums);
+  add_parts_kernel<<<ceil_div(elements, kThreads), kThreads, 0, stream>>>(elements, parts, partial,
+                                                                          sums);
+  check(cudaGetLastError(), "add_parts_kernel");
 }
 
 }  // namespace efficient_densenet::cuda

@@ -280,16 +280,6 @@ __device__ void reduce_threads(const Put& put, const Take& take) {
   }
 }
 
-// What kernels before have written may be read after this, and what they read be written. Those
-// behind may then take their places.
-__device__ inline void wait_for_kernels_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-constexpr int kKnownDevices = 64;  // those beyond are asked every time
 constexpr int kWarp = 32;
 constexpr int kMergeWarps = 4;  // channels per block of the second kernel
 
@@ -299,28 +289,6 @@ constexpr int kMergeWarps = 4;  // channels per block of the second kernel
 inline void check(cudaError_t error, const char* what) {
   EFFICIENT_DENSENET_CHECK(error == cudaSuccess, "efficient_densenet", what, ": ",
                            cudaGetErrorString(error));
-}
-
-// Whether kernels may begin before the one ahead of them has ended (programmatic dependent launch,
-// compute capability 9.0 on): its blocks then take their places as those of the other leave, and
-// wait in wait_for_kernels_before(). In concat_bn_stats.cu.
-bool kernels_overlap();
-
-// Every kernel that is launched so begins with wait_for_kernels_before().
-template <typename... Parameters, typename... Args>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-            void* stream, const Args&... args) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlap;
-  config.numAttrs = kernels_overlap() ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...), name);
 }
 
 template <typename Body>
