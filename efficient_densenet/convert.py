@@ -22,7 +22,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import torch.fx
@@ -356,6 +356,11 @@ class _Converted(nn.Module):
 
     original: type[nn.Module]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "forward" in vars(cls):  # torch.fx writes types into code, where a string is none
+            cls.forward.__annotations__.update(get_type_hints(cls.forward))
+
     def as_it_was(self, x: Tensor) -> Tensor:
         y: Tensor = self.original.forward(self, x)
         return y
@@ -464,9 +469,9 @@ class _ConvertedModel(_Converted):
     def _averages(self) -> bool:
         """Whether it would, and nobody listens."""
         library = _library_of_model(self.original)
-        assert library is not None
         return (
-            vars(self).keys().isdisjoint(library.head)
+            library is not None
+            and vars(self).keys().isdisjoint(library.head)
             and isinstance(self.features, _ConvertedSequential)
             and _why_called(self.features, type(self.features)) is None
             and library.averages(self)
@@ -566,10 +571,11 @@ def convert(
     Known are the DenseNets of torchvision, timm, MONAI (1-d, 2-d, 3-d), torchxrayvision and copies
     of efficient_densenet_pytorch, alone or anywhere inside a model. Parameters, buffers, names and
     results stay; running statistics are updated exactly once per step, also where the library's
-    own checkpointing is on, which is then not used. A transition behind a block, or timm's final
-    norm, runs together with it, and the stem's batch norm, ReLU and max pooling are one operator.
-    Converting again changes nothing but ``recompute``. Each block is logged (logger
-    ``efficient_densenet``, level INFO).
+    own checkpointing is on, which is then not used. A block runs together with the transition
+    behind it; the last one, in the library's own model, with the final norm, ReLU and average over
+    each image. The stem's batch norm, ReLU and max pooling are one operator. Converting again
+    changes nothing but ``recompute``. Each block is logged (logger ``efficient_densenet``, level
+    INFO).
 
     A block's output is channels-last and is itself kept for the backward pass; where the next
     module of a ``nn.Sequential`` works in place, that gets a copy. ``torch.compile`` sees a block
