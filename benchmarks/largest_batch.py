@@ -154,7 +154,7 @@ def count_that_fit(fits: Callable[[int], bool], guess: int) -> int:
 
 def small_batches(network: Network) -> tuple[int, int]:
     """Large enough for memory to grow with the batch, small enough to fit everywhere."""
-    batch = max(1, 2**20 // math.prod(network.sizes))
+    batch = max(1, 2**17 // math.prod(network.sizes))
     return batch, 2 * batch
 
 
