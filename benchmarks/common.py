@@ -211,6 +211,16 @@ def describing_parser(doc: str) -> argparse.ArgumentParser:
     )
 
 
+def check_plot_or_gpu(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, advice: str
+) -> None:
+    """For scripts with `--plot`: that its file exists, or else that there is the GPU to run on."""
+    if options.plot and not options.plot.is_file():
+        parser.error(f"--plot: no file {options.plot}")
+    if not options.plot and options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch sees no GPU; {advice}")
+
+
 def positive(text: str) -> int:
     """For the command line."""
     if not (text.isdecimal() and int(text) > 0):

@@ -44,6 +44,7 @@ from common import (
     PRECISIONS,
     RESULTS,
     Forward,
+    check_plot_or_gpu,
     describing_parser,
     markdown_table,
     origin,
@@ -228,10 +229,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--seeds: a spread needs two or more")
     if not NETWORKS[options.config].small_inputs:
         parser.error(f"--config {options.config}: not for images of 32x32")
-    if options.plot and not options.plot.is_file():
-        parser.error(f"--plot: no file {options.plot}")
-    if not options.plot and options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU; --device cpu tries the script without one")
+    check_plot_or_gpu(parser, options, "--device cpu tries the script without one")
     return options
 
 

@@ -37,6 +37,7 @@ from common import (
     DENSENETS,
     RESULTS,
     TrainStep,
+    check_plot_or_gpu,
     describing_parser,
     gigabytes,
     markdown_table,
@@ -217,10 +218,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.depths = sorted(set(options.depths))
     if len(options.depths) < 4:
         parser.error("--depths: a fit of three numbers needs four different depths or more")
-    if options.plot and not options.plot.is_file():
-        parser.error(f"--plot: no file {options.plot}")
-    if not options.plot and options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU; --device cpu counts what is kept for the backward pass")
+    check_plot_or_gpu(parser, options, "--device cpu counts what is kept for the backward pass")
     return options
 
 

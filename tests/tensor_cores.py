@@ -27,3 +27,7 @@ def kernels_of(function, names):
         torch.cuda.synchronize()
     launched = [event.name for event in profiler.events()]
     return {name for name in names if any(name in one for one in launched)}
+
+
+def train(block, x):
+    block(x).float().square().mean().backward()

@@ -11,7 +11,7 @@ from block_reference import block_errors, make_block_problem, run
 from efficient_densenet import DenseBlock, DenseNet, dense_block
 from efficient_densenet.bn_relu_conv1x1 import Conv1x1, why_not_tensor_cores
 from reference import assert_error_ratio, relative_error, requires_cuda
-from tensor_cores import BN_EPS, EPS, by_dtype, kernels_of, requires_tensor_cores
+from tensor_cores import BN_EPS, EPS, by_dtype, kernels_of, requires_tensor_cores, train
 
 OPS = torch.ops.efficient_densenet
 KERNELS = "bn_relu_conv1x1_kernel", "bn_relu_conv1x1_grad_input_kernel"
@@ -345,10 +345,6 @@ def test_opcheck():
 
 
 # Blocks
-
-
-def train(block, x):
-    block(x).float().square().mean().backward()
 
 
 @requires_tensor_cores
