@@ -133,9 +133,11 @@ def model_and_images(
     torch.manual_seed(0)
     model = build(**network.settings)
     torch.manual_seed(1)  # a model may draw more numbers than its weights need
-    images = torch.randn(job.batch, 3, *network.sizes)
-    placed = {"dtype": precision.dtype, "memory_format": precision.format_of(images)}
-    return model.to(job.device, **placed), images.to(job.device, **placed)
+    # On the device: drawing the largest batches on the host would take longer than their steps.
+    images = torch.randn(job.batch, 3, *network.sizes, device=job.device, dtype=precision.dtype)
+    memory_format = precision.format_of(images)
+    model = model.to(job.device, dtype=precision.dtype, memory_format=memory_format)
+    return model, images.contiguous(memory_format=memory_format)
 
 
 def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> tuple[Forward, float]:

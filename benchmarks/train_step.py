@@ -16,6 +16,8 @@ one random batch. Each row runs in a process of its own and is
     timm           timm's DenseNet; timm-me and timm-converted likewise
     monai          MONAI's DenseNet, in 2 or 3 dimensions; monai-converted likewise
     compile        torch.compile of plain; compile-budget with activation_memory_budget=0.2
+    ours-graphed   ours after torch.cuda.make_graphed_callables: forward and backward are launched
+                   as one CUDA graph each, the rest from Python; plain-graphed likewise
 
 on the same weights and images. For 32x32 images, the stem of torchvision and timm is replaced by
 the one of plain. A row is timed only if the logits of its first step are those of plain to the
@@ -190,6 +192,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "compile-budget": functools.partial(compiled_densenet, 0.2),
 }
 EAGER_ROWS = [name for name in MODELS if not name.startswith("compile")]
+GRAPHED = "-graphed"
+ROWS = [*MODELS, *(row + GRAPHED for row in ("plain", "ours"))]
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -209,7 +213,11 @@ class Row(JobRow):
 
 def train_step(job: Job, row: str) -> TrainStep:
     precision = PRECISIONS[job.precision]
-    model, images = model_and_images(job, MODELS[row], precision)
+    model, images = model_and_images(job, MODELS[row.removesuffix(GRAPHED)], precision)
+    if row.endswith(GRAPHED):
+        if job.device == "cpu" or precision.autocast:
+            raise NotTimed("graphs of forward and backward: on a GPU and without autocast only")
+        torch.cuda.make_graphed_callables(model, (images,))
     target = torch.randint(NETWORKS[job.config].num_classes, (job.batch,)).to(job.device)
     return TrainStep(model, images, target, precision.autocast)
 
@@ -218,7 +226,9 @@ def measurements(job: Job) -> dict:
     """Fields of `Row`."""
     step, error = checked_step(job, train_step)
     on_gpu = job.device == "cuda"
-    activation_bytes = peak_activation_bytes(step) if on_gpu else None
+    # The memory of graphs is allocated before a step, and they cannot be part of another graph.
+    graphed = job.row.endswith(GRAPHED)
+    activation_bytes = peak_activation_bytes(step) if on_gpu and not graphed else None
     times = times_ms(step, job.steps)
     return {
         "logits_error": error,
@@ -228,7 +238,7 @@ def measurements(job: Job) -> dict:
         "reserved_bytes": torch.cuda.memory_reserved() if on_gpu else None,
         # Last: a capture that breaks may leave the process unusable, and its pool is not part
         # of what is reserved above.
-        **(graph_times(step, job.steps) if on_gpu else {}),
+        **(graph_times(step, job.steps) if on_gpu and not graphed else {}),
     }
 
 
@@ -318,12 +328,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     text = f"{', '.join(PRECISIONS)} (default for both: {pairs}; for one: all of its values there)"
     add("--precision", nargs="+", choices=PRECISIONS, metavar="NAME", help=text)
     text = "default: those of our own code (plain, checkpoint, ours, ours-features)"
-    add("--rows", nargs="+", choices=MODELS, metavar="NAME", help=text)
-    text = "every configuration, precision and row (compile and compile-budget only with --rows)"
+    add("--rows", nargs="+", choices=ROWS, metavar="NAME", help=text)
+    text = "every configuration, precision and row (compile, compile-budget and those with graphs "
+    text += "only with --rows)"
     add("--all", action="store_true", help=text)
     text = "instead, where one row's time goes: kernels, GPU and host; takes one --config and "
     text += "--precision, writes profile_CONFIG_PRECISION_ROW.txt"
-    add("--profile", choices=MODELS, metavar="ROW", help=text)
+    add("--profile", choices=ROWS, metavar="ROW", help=text)
     add("--batch", type=positive, default=64, metavar="N", help="images (default: 64)")
     add_job_options(parser)
     options = parse_job_options(parser, arguments)

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+# Of an operator that csrc/aten.cpp called, and of one that the headers of torch.stable call.
+_CALL_FAILED = (" failed: ", "API call failed")
+
 # How many requests the caching allocator of each device had refused when it was last looked at.
 _refused: dict[torch.device, int] = {}
 
@@ -28,7 +31,7 @@ def out_of_memory_as_torch_raises_it(device: torch.device) -> Iterator[None]:
         _refused[device] = refused
         if "out of memory" in str(error):
             raise torch.OutOfMemoryError(str(error)) from None
-        if is_new and " failed: " in str(error):
+        if is_new and any(text in str(error) for text in _CALL_FAILED):
             raise torch.OutOfMemoryError(_text(error, device)) from None
         raise
 

@@ -165,6 +165,20 @@ def test_row_of_a_gpu(tiny, row):
     assert measured.graph_ms or measured.note.startswith("no graph: ")
 
 
+def test_graphs_need_a_gpu(tiny):
+    measured = train_step.measure(tiny("ours-graphed"))
+    assert "on a GPU" in measured.note and measured.step_ms is None
+
+
+@requires_cuda
+@pytest.mark.parametrize("row", ["plain-graphed", "ours-graphed"])
+def test_graphed_row_of_a_gpu(tiny, row):
+    measured = train_step.measure(tiny(row, device="cuda"))
+    assert measured.step_ms > 0 and measured.reserved_bytes > 0 and measured.note == ""
+    assert measured.activation_bytes is measured.graph_ms is None
+    assert "without autocast" in train_step.measure(tiny(row, "bf16-autocast", device="cuda")).note
+
+
 @requires_cuda
 def test_profile(tiny):
     text = train_step.profile(tiny("ours", device="cuda"))
@@ -352,7 +366,7 @@ def test_largest_batch_of_a_gpu(tiny, monkeypatch):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (limit, limit))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (limit, limit))
         monkeypatch.setattr(largest_batch, "attempt_in_process", largest_batch.attempt)
         row = largest_batch.search(tiny("ours", device="cuda"))
     finally:
