@@ -856,27 +856,22 @@ Pool pool_of(int64_t number) {
   return static_cast<Pool>(number);
 }
 
+// fields: the others of Arguments, from `features` to `dropout_scale`.
+template <typename... Fields>
+Arguments arguments_of(const char* op, int64_t conv1x1, bool conv3x3, int64_t pool,
+                       const Fields&... fields) {
+  return {op, fields..., conv1x1_of(conv1x1), conv3x3, pool_of(pool)};
+}
+
 void dense_block(const Tensor& features, const std::optional<Tensor>& bottlenecks,
                  const Tensor& statistics, const Tensor& conv1, const Tensor& conv2,
                  const Tensor& affine, const std::optional<Tensor>& frozen,
                  const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                  const std::optional<Tensor>& dropout_mask, double dropout_scale, int64_t conv1x1,
                  bool conv3x3, bool inference, const std::optional<Tensor>& y, int64_t pool) {
-  const Arguments arguments{"efficient_densenet::dense_block",
-                            features,
-                            bottlenecks,
-                            statistics,
-                            conv1,
-                            conv2,
-                            affine,
-                            frozen,
-                            frozen_norms,
-                            eps,
-                            dropout_mask,
-                            dropout_scale,
-                            conv1x1_of(conv1x1),
-                            conv3x3,
-                            pool_of(pool)};
+  const Arguments arguments = arguments_of(
+      "efficient_densenet::dense_block", conv1x1, conv3x3, pool, features, bottlenecks, statistics,
+      conv1, conv2, affine, frozen, frozen_norms, eps, dropout_mask, dropout_scale);
   Block(arguments).forward(inference, y);
 }
 
@@ -892,21 +887,9 @@ void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& gra
                           const std::vector<int64_t>& wants_conv1,
                           const std::optional<Tensor>& grad_conv2,
                           const std::vector<int64_t>& wants_conv2) {
-  const Arguments arguments{"efficient_densenet::dense_block_backward",
-                            features,
-                            bottlenecks,
-                            statistics,
-                            conv1,
-                            conv2,
-                            affine,
-                            frozen,
-                            frozen_norms,
-                            eps,
-                            dropout_mask,
-                            dropout_scale,
-                            conv1x1_of(conv1x1),
-                            conv3x3,
-                            pool_of(pool)};
+  const Arguments arguments = arguments_of(
+      "efficient_densenet::dense_block_backward", conv1x1, conv3x3, pool, features, bottlenecks,
+      statistics, conv1, conv2, affine, frozen, frozen_norms, eps, dropout_mask, dropout_scale);
   Block(arguments).backward(grad_features, grad_y, grad_x, grad_affine, grad_conv1, wants_conv1,
                             grad_conv2, wants_conv2);
 }
