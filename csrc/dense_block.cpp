@@ -123,7 +123,6 @@ class Block {
   Tensor conv1(const Tensor& packed, int64_t layer) const;
   bool on_tensor_cores() const { return arguments_.conv1x1 == Conv1x1::kTensorCores; }
   void check_tensor_cores() const;
-  bool uses_batch_statistics() const;
   void fold_norm2();
   void pack_conv1(WeightLayout layout);
   void pack_conv2(bool grad_input);
@@ -168,6 +167,7 @@ class Block {
   Matrix features_;
   double *mean_, *var_;
   std::vector<Norm> norms_;
+  bool uses_batch_statistics_ = false;  // in any norm
   int64_t affine_count_ = 0, frozen_count_ = 0;
   std::optional<Tensor> a1_, a2_, z_, grad_z_, added_;  // scratch
   std::optional<Tensor> folded_;  // norm2 of each layer: scale, bias [2, L, B]
@@ -284,6 +284,7 @@ void Block::add_norm(int64_t channels, double* mean, double* var) {
   norms_.push_back({{mean, var, nullptr, nullptr, 0}, channels, affine_count_, !is_frozen});
   affine_count_ += channels;
   if (is_frozen) frozen_count_ += channels;
+  uses_batch_statistics_ |= !is_frozen;
 }
 
 char* Block::affine(const Tensor& tensor, int row, int64_t begin) const {
@@ -481,11 +482,6 @@ void Block::pack_conv2(bool grad_input) {
                      packed_conv2_[grad_input].allocate(bytes, device_), launch_.stream());
 }
 
-bool Block::uses_batch_statistics() const {
-  return std::any_of(norms_.begin(), norms_.end(),
-                     [](const Norm& n) { return n.batch_statistics; });
-}
-
 // Where each norm2 has its statistics and nobody keeps z, conv1 writes relu(norm2(z)): the scale
 // goes into its weight, and the rest is a bias.
 void Block::fold_norm2() {
@@ -538,7 +534,7 @@ void Block::forward_layer(int64_t layer) {
   const View to = view(at(features_, 0, begin));
   if (arguments_.conv3x3) {
     const Statistics added{mean_ + begin, var_ + begin, nullptr};
-    const Statistics* const wanted = uses_batch_statistics() ? &added : nullptr;
+    const Statistics* const wanted = uses_batch_statistics_ ? &added : nullptr;
     Problem p = problem(z, rows_, bottleneck_);
     return launch_(cuda::bn_relu_conv3x3, p, norm2.bn, folded_.has_value(), image(),
                    packed_conv2_[false].at(layer), growth_, to, wanted);
@@ -582,11 +578,10 @@ Pooling Block::pooling() const {
 }
 
 void Block::forward(bool inference, const std::optional<Tensor>& y) {
-  const bool trains = uses_batch_statistics();
-  if (inference && arguments_.conv3x3 && !trains) fold_norm2();
+  if (inference && arguments_.conv3x3 && !uses_batch_statistics_) fold_norm2();
   if (on_tensor_cores()) pack_conv1(WeightLayout::kForward);
   if (arguments_.conv3x3) pack_conv2(false);
-  if (trains) take_statistics(features_, channels_in_, mean_, var_, nullptr);
+  if (uses_batch_statistics_) take_statistics(features_, channels_in_, mean_, var_, nullptr);
   for (int64_t l = 0; l < layers_; ++l) forward_layer(l);
   if (!y) return;
   check_reader(*y, "y: expected the rows and channels of the last reader's result");
@@ -861,27 +856,22 @@ Pool pool_of(int64_t number) {
   return static_cast<Pool>(number);
 }
 
+// fields: the others of Arguments, from `features` to `dropout_scale`.
+template <typename... Fields>
+Arguments arguments_of(const char* op, int64_t conv1x1, bool conv3x3, int64_t pool,
+                       const Fields&... fields) {
+  return {op, fields..., conv1x1_of(conv1x1), conv3x3, pool_of(pool)};
+}
+
 void dense_block(const Tensor& features, const std::optional<Tensor>& bottlenecks,
                  const Tensor& statistics, const Tensor& conv1, const Tensor& conv2,
                  const Tensor& affine, const std::optional<Tensor>& frozen,
                  const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                  const std::optional<Tensor>& dropout_mask, double dropout_scale, int64_t conv1x1,
                  bool conv3x3, bool inference, const std::optional<Tensor>& y, int64_t pool) {
-  const Arguments arguments{"efficient_densenet::dense_block",
-                            features,
-                            bottlenecks,
-                            statistics,
-                            conv1,
-                            conv2,
-                            affine,
-                            frozen,
-                            frozen_norms,
-                            eps,
-                            dropout_mask,
-                            dropout_scale,
-                            conv1x1_of(conv1x1),
-                            conv3x3,
-                            pool_of(pool)};
+  const Arguments arguments = arguments_of(
+      "efficient_densenet::dense_block", conv1x1, conv3x3, pool, features, bottlenecks, statistics,
+      conv1, conv2, affine, frozen, frozen_norms, eps, dropout_mask, dropout_scale);
   Block(arguments).forward(inference, y);
 }
 
@@ -897,21 +887,9 @@ void dense_block_backward(const std::optional<Tensor>& grad_y, const Tensor& gra
                           const std::vector<int64_t>& wants_conv1,
                           const std::optional<Tensor>& grad_conv2,
                           const std::vector<int64_t>& wants_conv2) {
-  const Arguments arguments{"efficient_densenet::dense_block_backward",
-                            features,
-                            bottlenecks,
-                            statistics,
-                            conv1,
-                            conv2,
-                            affine,
-                            frozen,
-                            frozen_norms,
-                            eps,
-                            dropout_mask,
-                            dropout_scale,
-                            conv1x1_of(conv1x1),
-                            conv3x3,
-                            pool_of(pool)};
+  const Arguments arguments = arguments_of(
+      "efficient_densenet::dense_block_backward", conv1x1, conv3x3, pool, features, bottlenecks,
+      statistics, conv1, conv2, affine, frozen, frozen_norms, eps, dropout_mask, dropout_scale);
   Block(arguments).backward(grad_features, grad_y, grad_x, grad_affine, grad_conv1, wants_conv1,
                             grad_conv2, wants_conv2);
 }

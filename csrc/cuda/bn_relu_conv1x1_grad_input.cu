@@ -59,27 +59,6 @@ __host__ __device__ inline int sum_floats(int columns, int warps) {
   return 2 * columns + 2 * warps * kColumns * 2;
 }
 
-// Adds over the 8 lanes of a column: each step halves the numbers of a lane. Returns which of the
-// 8 columns the lane is left with.
-__device__ inline int add_lanes(float (&dz)[8], float (&dz_centred)[8]) {
-  int column = 0;
-#pragma unroll
-  for (int half = 4; half > 0; half /= 2) {
-    const int bit = 4 * half;
-    const bool upper = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float sent = upper ? dz[i] : dz[i + half];
-      const float sent_centred = upper ? dz_centred[i] : dz_centred[i + half];
-      dz[i] = (upper ? dz[i + half] : dz[i]) + __shfl_xor_sync(~0u, sent, bit);
-      dz_centred[i] =
-          (upper ? dz_centred[i + half] : dz_centred[i]) + __shfl_xor_sync(~0u, sent_centred, bit);
-    }
-    column += upper ? half : 0;
-  }
-  return column;
-}
-
 template <typename T, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2 : 1)
     bn_relu_conv1x1_grad_input_kernel(const __grid_constant__ Sizes sizes,

@@ -58,18 +58,12 @@ struct Sizes {
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
-__device__ inline void load_transposed(uint32_t (&registers)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // A operand: rows m to m + 15 of the transposed matrix, summed over kStep of its rows.
 template <typename T>
 __device__ void load_a(uint32_t (&a)[4], const T* stage, int pitch, int lane) {
   if constexpr (sizeof(T) == 2) {
-    load_transposed(a, stage + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+    const T* const row = stage + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8;
+    load_transposed(a, shared_address(row));
   } else {
     const T* const from = stage + lane % 4 * pitch + lane / 4;
 #pragma unroll
@@ -84,7 +78,7 @@ template <typename T>
 __device__ void load_b(uint32_t (&b)[2][2], const T* stage, int pitch, int lane) {
   if constexpr (sizeof(T) == 2) {
     uint32_t both[4];
-    load_transposed(both, stage + lane % 16 * pitch + lane / 16 * 8);
+    load_transposed(both, shared_address(stage + lane % 16 * pitch + lane / 16 * 8));
     b[0][0] = both[0], b[0][1] = both[1], b[1][0] = both[2], b[1][1] = both[3];
   } else {
     const T* const from = stage + lane % 4 * pitch + lane / 4;

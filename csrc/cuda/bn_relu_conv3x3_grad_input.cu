@@ -53,29 +53,6 @@ struct SharedLayout {
   int64_t bytes() const { return (numbers + kPieces + grad_y + 2 * int64_t(stage)) * kPieceBytes; }
 };
 
-// Adds over the 8 lanes of a column. Lanes are left with one of 4 columns, which is returned; two
-// have the same.
-__device__ inline int add_lanes(float (&dz)[4], float (&dz_centred)[4]) {
-  int column = 0;
-#pragma unroll
-  for (int half = 2; half > 0; half /= 2) {
-    const int bit = 8 * half;
-    const bool upper = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float sent = upper ? dz[i] : dz[i + half];
-      const float sent_centred = upper ? dz_centred[i] : dz_centred[i + half];
-      dz[i] = (upper ? dz[i + half] : dz[i]) + __shfl_xor_sync(~0u, sent, bit);
-      dz_centred[i] =
-          (upper ? dz_centred[i + half] : dz_centred[i]) + __shfl_xor_sync(~0u, sent_centred, bit);
-    }
-    column += upper ? half : 0;
-  }
-  dz[0] += __shfl_xor_sync(~0u, dz[0], 4);
-  dz_centred[0] += __shfl_xor_sync(~0u, dz_centred[0], 4);
-  return column;
-}
-
 // Of a row, 0 for those that do not count.
 template <typename T>
 __device__ Pack<T, 4> load_four(const Rows<const T>& rows, int64_t row, int column, int count) {

@@ -67,13 +67,6 @@ constexpr int kZeros = 64;  // bytes, at the beginning
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
-__device__ inline void load_transposed(uint32_t (&registers)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-               : "r"(address)
-               : "memory");
-}
-
 // B operands of all tiles of k, summed over kStep rows of grad_y.
 template <typename T, int kTiles>
 __device__ void load_grad_y(uint32_t (&b)[kTiles][2], const T* rows, int lane) {

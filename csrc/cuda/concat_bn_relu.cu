@@ -52,17 +52,12 @@ __global__ void __launch_bounds__(kThreads)
 
 void concat_bn_relu(const Problem& problem, const BatchNorm& bn, const View& y) {
   const Plan plan(problem, &y, Plan::kElementwiseBlocks);
-  dispatch(problem, plan.walk, [&](auto element, auto walk) {
-    using T = decltype(element);
+  const auto kernel = [](auto element, auto walk) {
     using W = decltype(walk);
-    using Inputs = typename W::Inputs;
-    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      concat_bn_relu_kernel<T, W::vector, W::channels_inner, Inputs>
-          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
-              inputs, problem.rows, plan.chunking, bn, y);
-      check(cudaGetLastError(), "concat_bn_relu_kernel");
-    });
-  });
+    return concat_bn_relu_kernel<decltype(element), W::vector, W::channels_inner,
+                                 typename W::Inputs>;
+  };
+  launch_over_inputs("concat_bn_relu_kernel", kernel, problem, plan, bn, y);
 }
 
 }  // namespace efficient_densenet::cuda

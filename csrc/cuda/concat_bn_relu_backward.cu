@@ -134,17 +134,12 @@ void merge_gradients(const Problem& problem, const BatchNorm& bn, const Gradient
 
 void backward_elementwise(const Problem& problem, const BatchNorm& bn, const Gradients& gradients) {
   const Plan plan(problem, &gradients.grad_y, Plan::kElementwiseBlocks);
-  dispatch(problem, plan.walk, [&](auto element, auto walk) {
-    using T = decltype(element);
+  const auto kernel = [](auto element, auto walk) {
     using W = decltype(walk);
-    using Inputs = typename W::Inputs;
-    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      grad_features_kernel<T, W::vector, W::channels_inner, Inputs>
-          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
-              inputs, problem.rows, plan.chunking, bn, gradients);
-      check(cudaGetLastError(), "grad_features_kernel");
-    });
-  });
+    return grad_features_kernel<decltype(element), W::vector, W::channels_inner,
+                                typename W::Inputs>;
+  };
+  launch_over_inputs("grad_features_kernel", kernel, problem, plan, bn, gradients);
 }
 
 void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
@@ -152,18 +147,13 @@ void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
   const Plan plan(problem, &gradients.grad_y, Plan::kReductionBlocks);
   double* const partial_dz = plan.workspace(problem);
   double* const partial_dz_centred = partial_dz + problem.channels * plan.chunking.chunks;
-  dispatch(problem, plan.walk, [&](auto element, auto walk) {
-    using T = decltype(element);
+  const auto kernel = [](auto element, auto walk) {
     using W = decltype(walk);
-    using Inputs = typename W::Inputs;
-    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      backward_sums_kernel<T, W::vector, W::channels_inner, Inputs>
-          <<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
-              inputs, problem.rows, plan.chunking, bn, gradients.grad_y, partial_dz,
-              partial_dz_centred);
-      check(cudaGetLastError(), "backward_sums_kernel");
-    });
-  });
+    return backward_sums_kernel<decltype(element), W::vector, W::channels_inner,
+                                typename W::Inputs>;
+  };
+  launch_over_inputs("backward_sums_kernel", kernel, problem, plan, bn, gradients.grad_y,
+                     partial_dz, partial_dz_centred);
   merge_gradients(problem, bn, gradients, plan.chunking, partial_dz, partial_dz_centred);
   backward_elementwise(problem, bn, gradients);
 }

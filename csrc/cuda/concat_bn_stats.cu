@@ -170,20 +170,15 @@ void merge_moments(int64_t channels, int64_t row_count, const Chunking& chunking
 void concat_bn_stats(const Problem& problem, const Statistics& statistics) {
   const Plan plan(problem, statistics.copy, Plan::kReductionBlocks);
   const View copy = statistics.copy == nullptr ? View{} : *statistics.copy;
-  const auto stream = static_cast<cudaStream_t>(problem.stream);
   double* const partial_mean = plan.workspace(problem);
   double* const partial_m2 = partial_mean + problem.channels * plan.chunking.chunks;
-  dispatch(problem, plan.walk, [&](auto element, auto walk) {
-    using T = decltype(element);
+  const auto kernel = [](auto element, auto walk) {
     using W = decltype(walk);
-    using Inputs = typename W::Inputs;
-    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
-      concat_bn_stats_kernel<T, W::vector, W::channels_inner, Inputs>
-          <<<plan.grid(inputs), plan.block, 0, stream>>>(inputs, problem.rows, plan.chunking, copy,
-                                                         partial_mean, partial_m2);
-      check(cudaGetLastError(), "concat_bn_stats_kernel");
-    });
-  });
+    return concat_bn_stats_kernel<decltype(element), W::vector, W::channels_inner,
+                                  typename W::Inputs>;
+  };
+  launch_over_inputs("concat_bn_stats_kernel", kernel, problem, plan, copy, partial_mean,
+                     partial_m2);
   merge_moments(problem.channels, problem.rows.count, plan.chunking, partial_mean, partial_m2,
                 statistics, problem.stream);
 }

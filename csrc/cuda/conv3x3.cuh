@@ -105,13 +105,6 @@ constexpr int kConv3x3Stage = kTaps * kTiles * kWarp;
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
-__device__ inline void load_matrices(uint32_t (&registers)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-               : "r"(address)
-               : "memory");
-}
-
 // sums += taps of a warp's rows times the weights, over one chunk of channels. `stretch` holds the
 // operands; rows begin at stretch row `first`, and `inside` are the taps of the lane's row of each
 // tile: row lane % 16.

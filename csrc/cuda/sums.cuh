@@ -3,8 +3,8 @@
 //   sum(dz)  and  sum(dz * (x - rounded mean))
 //
 // of each channel, from which follow the gradients of weight and bias and what the statistics of
-// the batch send back. A thread's sums are in the arithmetic type, all others in double, in an
-// order that depends on the shape alone.
+// the batch send back. A thread's sums, and those of a whole block of a tensor-core kernel, are in
+// the arithmetic type, all others in double, in an order that depends on the shape alone.
 #pragma once
 
 #include "../dense_block.h"
@@ -58,6 +58,34 @@ __device__ void write_partial_sums(const Sums<Acc> (&own)[kChannels], bool activ
     partial_dz[i] = sums[k].dz;
     partial_dz_centred[i] = sums[k].dz_centred;
   }
+}
+
+// Adds the sums of the 8 lanes that have the same columns: lanes 4 apart, as an mma leaves them
+// (mma.cuh). Each step halves the columns of a lane. Returns which of them the lane is left with;
+// of 4 columns, two lanes have the same.
+template <int kColumns>
+__device__ int add_lanes(float (&dz)[kColumns], float (&dz_centred)[kColumns]) {
+  static_assert(kColumns == 4 || kColumns == 8);
+  int column = 0;
+#pragma unroll
+  for (int half = kColumns / 2; half > 0; half /= 2) {
+    const int bit = kWarp / kColumns * half;
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? dz[i] : dz[i + half];
+      const float sent_centred = upper ? dz_centred[i] : dz_centred[i + half];
+      dz[i] = (upper ? dz[i + half] : dz[i]) + __shfl_xor_sync(~0u, sent, bit);
+      dz_centred[i] =
+          (upper ? dz_centred[i + half] : dz_centred[i]) + __shfl_xor_sync(~0u, sent_centred, bit);
+    }
+    column += upper ? half : 0;
+  }
+  if constexpr (kColumns == 4) {
+    dz[0] += __shfl_xor_sync(~0u, dz[0], 4);
+    dz_centred[0] += __shfl_xor_sync(~0u, dz_centred[0], 4);
+  }
+  return column;
 }
 
 // The sums of channel c over all chunks, with the first thread of a warp.

@@ -505,4 +505,20 @@ void dispatch(const Problem& problem, const Walk& walk, const Body& body) {
   });
 }
 
+// Launches the kernel that kernel_for(element, walk) answers, once for each inputs. A kernel's
+// first arguments are those, the rows and their chunks.
+template <typename KernelFor, typename... Arguments>
+void launch_over_inputs(const char* name, const KernelFor& kernel_for, const Problem& problem,
+                        const Plan& plan, const Arguments&... arguments) {
+  dispatch(problem, plan.walk, [&](auto element, auto walk) {
+    const auto kernel = kernel_for(element, walk);
+    using Inputs = typename decltype(walk)::Inputs;
+    for_each_inputs<Inputs>(problem, [&](const Inputs& inputs) {
+      kernel<<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+          inputs, problem.rows, plan.chunking, arguments...);
+      check(cudaGetLastError(), name);
+    });
+  });
+}
+
 }  // namespace efficient_densenet::cuda
