@@ -154,7 +154,7 @@ class Operands:
     def forward(self) -> None:
         raise NotImplementedError
 
-    def backward(self, grad_conv: Tensor | None, first_reader: bool = False) -> None:
+    def backward(self, grad_conv: Tensor | None) -> None:
         raise NotImplementedError
 
     def parts(self) -> dict[str, Callable[[], None]]:
@@ -179,11 +179,11 @@ class Operands1x1(Operands):
     def forward(self) -> None:
         OPS.bn_relu_conv1x1(self.x, *self.norm(), self.conv, self.y, self.moments)
 
-    def backward(self, grad_conv: Tensor | None, first_reader: bool = False) -> None:
+    def backward(self, grad_conv: Tensor | None) -> None:
         OPS.bn_relu_conv1x1_backward(
             self.grad_y, self.x, *self.norm(), self.conv,
             self.grad_features[:, : self.layer.channels], self.grad_affine, self.correction,
-            first_reader, True, grad_conv,
+            True, grad_conv,
         )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ class Operands3x3(Operands):
     def forward(self) -> None:
         OPS.bn_relu_conv3x3(self.x, *self.norm(), self.conv, *self.size, self.y, self.moments)
 
-    def backward(self, grad_conv: Tensor | None, first_reader: bool = False) -> None:
+    def backward(self, grad_conv: Tensor | None) -> None:
         OPS.bn_relu_conv3x3_backward(
             self.grad_features, self.y, self.moments[0], self.correction, self.x, *self.norm(),
             self.conv, *self.size, self.grad_x, self.grad_affine, True, grad_conv,
@@ -288,7 +288,7 @@ def total_us(times: dict[str, float], kernels: tuple[str, ...] | None = None) ->
 def check(operands: Operands, plain: Plain, dtype: torch.dtype) -> None:
     """Exits where a result is not PyTorch's; bounds are a few times the rounding of operands."""
     operands.forward()
-    operands.backward(operands.grad_conv, first_reader=True)
+    operands.backward(operands.grad_conv)
     y = plain.forward().movedim(1, -1).reshape(operands.y.shape)
     gradients = plain.backward()
     grad_conv = gradients[-1].movedim(1, -1).reshape(operands.grad_conv.shape)

@@ -50,7 +50,7 @@ void bn_relu_conv1x1_backward(const Tensor& grad_z, const Tensor& x, const Tenso
                               const Tensor& var, const std::optional<Tensor>& weight,
                               const std::optional<Tensor>& bias, double eps, const Tensor& conv1,
                               const Tensor& grad_features, const Tensor& grad_affine,
-                              const Tensor& correction, bool first_reader, bool batch_statistics,
+                              const Tensor& correction, bool batch_statistics,
                               const std::optional<Tensor>& grad_conv1) {
   Call call("efficient_densenet::bn_relu_conv1x1_backward", x, {mean, var, weight, bias, eps},
             conv1);
@@ -79,7 +79,7 @@ void bn_relu_conv1x1_backward(const Tensor& grad_z, const Tensor& x, const Tenso
                       {sums, sums + channels},
                       true,
                       true,
-                      first_reader,
+                      false,
                       batch_statistics};
   call.run(cuda::bn_relu_conv1x1_grad_input, data, call.outputs(), reader);
 }
@@ -93,7 +93,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
   m.def(
       "bn_relu_conv1x1_backward(Tensor grad_z, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
       "Tensor? bias, float eps, Tensor conv1, Tensor(a!) grad_features, Tensor(b!) grad_affine, "
-      "Tensor(c!) correction, bool first_reader, bool batch_statistics, Tensor(d!)? grad_conv1) "
+      "Tensor(c!) correction, bool batch_statistics, Tensor(d!)? grad_conv1) "
       "-> ()");
 }
 

@@ -57,7 +57,8 @@ void bn_relu_conv1x1(const Problem& problem, const BatchNorm& bn, const void* we
 // bn(z) = scale z + bias, of norms whose statistics are known beforehand; scale and bias [L, N].
 void fold_norms(const Norms& norms, float* scale, float* bias, void* stream);
 
-// `weight` is packed, kGradInput. Of the reader, grad_y is grad_z, whose rows are all of M.
+// `weight` is packed, kGradInput. Of the reader, which is not the first one, grad_y is grad_z,
+// whose rows are all of M.
 void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, const void* weight,
                                 int64_t outputs, const Reader& reader);
 

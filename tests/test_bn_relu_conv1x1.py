@@ -83,19 +83,16 @@ def forward(p: Problem, moments=True):
     return {"z": z, "mean": stats[0], "var": stats[1]} if moments else {"z": z}
 
 
-def backward(p: Problem, first_reader=False, batch_statistics=True, grad_conv1=True):
+def backward(p: Problem, batch_statistics=True, grad_conv1=True):
     channels = p.x.size(1)
     buffer = torch.full((len(p.x), p.grad_features.stride(0)), torch.nan, device="cuda")
     grad_features, correction = buffer[:, :channels], p.correction.clone()
-    if first_reader:
-        correction.fill_(torch.nan)
-    else:
-        grad_features.copy_(p.grad_features)
+    grad_features.copy_(p.grad_features)
     affine = torch.full((2, channels), torch.nan, device="cuda")
     conv1 = torch.full(p.conv1.shape, torch.nan, device="cuda") if grad_conv1 else None
     OPS.bn_relu_conv1x1_backward(
-        p.grad_z, p.x, *p.norm(), p.conv1, grad_features, affine, correction, first_reader,
-        batch_statistics, conv1,
+        p.grad_z, p.x, *p.norm(), p.conv1, grad_features, affine, correction, batch_statistics,
+        conv1,
     )  # fmt: skip
     # What lies behind the columns belongs to others.
     assert buffer[:, channels:].isnan().all()
@@ -104,7 +101,7 @@ def backward(p: Problem, first_reader=False, batch_statistics=True, grad_conv1=T
     return found | ({"grad_conv1": conv1} if grad_conv1 else {})
 
 
-def reference(p: Problem, dtype, first_reader=False, batch_statistics=True) -> dict[str, Tensor]:
+def reference(p: Problem, dtype, batch_statistics=True) -> dict[str, Tensor]:
     """All of it with torch's operators: products in `dtype`, the rest in float64."""
     y = p.y()
     a = y.clamp_min(0).to(dtype)
@@ -117,8 +114,6 @@ def reference(p: Problem, dtype, first_reader=False, batch_statistics=True) -> d
     grad_weight = (dz * (p.x.double() - p.mean) * inverse_std).sum(0)
     used = float(batch_statistics)
     before, correction = p.grad_features.double(), p.correction
-    if first_reader:
-        before, correction = torch.zeros_like(before), torch.zeros_like(correction)
     z64 = z.double()
     return {
         "z": z64,
@@ -194,7 +189,7 @@ def test_random_shapes(dtype, seed, tf32):
         int(torch.randint(*limit, (), generator=generator)) for limit in limits
     )
     p = make_problem(rows, channels, outputs, dtype, padding=padding, seed=seed)
-    assert_kernels_match(p, first_reader=seed % 2 == 0, batch_statistics=seed % 3 != 0)
+    assert_kernels_match(p, batch_statistics=seed % 3 != 0)
 
 
 @requires_tensor_cores
@@ -203,7 +198,6 @@ def test_random_shapes(dtype, seed, tf32):
 def test_many_rows(dtype, rows, tf32):
     p = make_problem(rows + 13, 72, 48, dtype)
     assert_kernels_match(p)
-    assert_kernels_match(p, first_reader=True)
 
 
 @requires_tensor_cores
@@ -302,7 +296,7 @@ def test_offsets_beyond_32_bits():
     conv1 = torch.empty(48, channels, device="cuda")
     G = gradients[:, :channels]
     OPS.bn_relu_conv1x1_backward(
-        grad_z, x, *norm, p.conv1, G, affine, correction, False, True, conv1
+        grad_z, x, *norm, p.conv1, G, affine, correction, True, conv1
     )
     assert torch.equal(G[-1000:], expected["G"])
     exact = reference(p, torch.float64)
@@ -340,7 +334,7 @@ def test_opcheck():
     torch.library.opcheck(OPS.bn_relu_conv1x1, call, test_utils=tests)
     affine, conv1 = torch.empty(2, 24, device="cuda"), torch.empty(48, 24, device="cuda")
     call = p.grad_z, p.x, *p.norm(), p.conv1, p.grad_features, affine, p.correction
-    call += False, True, conv1
+    call += True, conv1
     torch.library.opcheck(OPS.bn_relu_conv1x1_backward, call, test_utils=tests)
 
 

@@ -16,9 +16,11 @@
 // and the block's tiles of rows in float; one partial result per channel and block, merged in
 // double by a second kernel. No atomics.
 //
-// Bytes: x and grad_z once, G read and written (4 bytes each; the first reader only writes). W,
-// from the L2 cache, once per tile of rows. Operations: 2 M C N. Limit: memory. G alone is 8 bytes
-// per element of x.
+// Bytes: x and grad_z once, G read and written (4 bytes each). W, from the L2 cache, once per tile
+// of rows. Operations: 2 M C N. Limit: memory. G alone is 8 bytes per element of x. What keeps the
+// kernel from it is the number of instructions, so what is the same in all groups of columns is
+// computed once, and a lane's four columns are either all there or not (`whole`), but for strides
+// and numbers of channels that no network has.
 #include "../bn_relu_conv1x1.h"
 #include "mma.cuh"
 #include "sums.cuh"
@@ -30,6 +32,7 @@ constexpr int kMaxWarps = 8;
 constexpr int64_t kBlocks = 528;  // at most, about
 constexpr int kColumns = 32;      // of a group
 constexpr int kGroupTiles = kColumns / kTileColumns, kPairs = kGroupTiles / 2;
+constexpr int kPlace = 2 * kTileColumns;  // columns of a pair
 
 // Chunks of N numbers, of grad_z and W.
 template <typename T, int kTiles>
@@ -65,10 +68,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
                                       const __grid_constant__ Rows<const T> x, BatchNorm bn,
                                       const uint4* weight,
                                       const __grid_constant__ Rows<const T> grad_z,
-                                      const __grid_constant__ Rows<const float> before,
                                       const __grid_constant__ Rows<float> grad_features,
-                                      bool first_reader, double* partial_dz,
-                                      double* partial_dz_centred) {
+                                      double* partial_dz, double* partial_dz_centred) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kChunks_ = kChunks<T, kTiles>, kWeightStage_ = kWeightStage<T, kTiles>;
   extern __shared__ uint4 shared[];
@@ -81,51 +82,67 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   const SharedNorm norm(reinterpret_cast<float*>(shared), columns);
   float* const block_sums = reinterpret_cast<float*>(shared) + SharedNorm::kNumbers * columns;
   float* const warp_sums = block_sums + 2 * columns;
-  uint4* const stages =
-      reinterpret_cast<uint4*>(reinterpret_cast<float*>(shared) + SharedNorm::kNumbers * columns +
-                               sum_floats(columns, warps));
+  // A stage: weights, each lane's G, each lane's x.
+  char* const stages = reinterpret_cast<char*>(warp_sums + 2 * warps * kColumns * 2);
+  const int stage_bytes = kWeightStage_ * kPieceBytes + warps * kWarpBytes<T>;
+  const int own = warp * 2 * kPairs * kWarp + lane;
+  char* const own_g = stages + (kWeightStage_ + own) * kPieceBytes;
+  char* const own_x =
+      stages + (kWeightStage_ + warps * 2 * kPairs * kWarp) * kPieceBytes + own * kOwnBytesX<T>;
+  // What pair and half of a lane's columns and rows lies behind that of the first.
+  const auto behind = [](int pair, int half) { return (2 * pair + half) * kWarp; };
+  const bool whole = x.aligned && grad_features.aligned && sizes.channels % 4 == 0;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
   const int64_t end = min(begin + sizes.rows_per_block, sizes.rows);
   const int tile_rows = warps * kTileRows;
   const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * groups;
 
-  const int stage_pieces = kWeightStage_ + warps * kWarpBytes<T> / kPieceBytes;
-  const auto own_g = [&](uint4* stage, int pair, int half) {
-    return stage + kWeightStage_ + (warp * 2 * kPairs + 2 * pair + half) * kWarp + lane;
+  const auto next_stage = [&](int stage) {
+    return stage + stage_bytes == kStages<T> * stage_bytes ? 0 : stage + stage_bytes;
   };
-  const auto own_x = [&](uint4* stage, int pair, int half) {
-    char* const all = reinterpret_cast<char*>(stage + kWeightStage_ + warps * 2 * kPairs * kWarp);
-    return all + ((warp * 2 * kPairs + 2 * pair + half) * kWarp + lane) * kOwnBytesX<T>;
-  };
-
-  int copied = 0, copied_group = 0;
+  int copied = 0, copied_group = 0, copied_stage = 0;
   int64_t copied_row = begin + warp * kTileRows + g;
   const uint4* const first_weight = weight + static_cast<int64_t>(first_group) * kWeightStage_;
   const uint4* from_weight = first_weight;
   const T* from_x = x.at(copied_row, first_channel + 4 * t);
-  const float* from_g = before.at(copied_row, first_channel + 4 * t);
+  const float* from_g = grad_features.at(copied_row, first_channel + 4 * t);
+  const int64_t x_half = 8 * x.stride, g_half = 8 * grad_features.stride;
   const auto copy_next = [&] {
     if (copied < total) {
-      uint4* const stage = stages + copied % kStages<T> * stage_pieces;
+      char* const to_x = own_x + copied_stage;
+      char* const to_g = own_g + copied_stage;
+      auto* const to_weight = reinterpret_cast<uint4*>(stages + copied_stage);
       for (int i = threadIdx.x; i < kWeightStage_; i += blockDim.x) {
-        copy_async(stage + i, from_weight + i);
+        copy_async(to_weight + i, from_weight + i);
       }
+      const int left = sizes.channels - (first_channel + copied_group * kColumns + 4 * t);
+      const bool exists[2] = {copied_row < end, copied_row + 8 < end};
+      const auto for_each = [&](auto copy) {
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        const int place = pair * 2 * kTileColumns;
-        const int count = count_before<4>(sizes.channels,
-                                          first_channel + copied_group * kColumns + place + 4 * t);
+        for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int valid = copied_row + half * 8 < end ? count : 0;
-          copy_row<4>(own_x(stage, pair, half), from_x + half * 8 * x.stride + place, x.aligned,
-                      valid);
-          if (!first_reader) {
-            copy_row<4>(own_g(stage, pair, half), from_g + half * 8 * before.stride + place,
-                        before.aligned, valid);
+          for (int half = 0; half < 2; ++half) {
+            copy(to_x + behind(pair, half) * kOwnBytesX<T>, from_x + pair * kPlace + half * x_half,
+                 to_g + behind(pair, half) * kPieceBytes, from_g + pair * kPlace + half * g_half,
+                 left - pair * kPlace, exists[half]);
           }
         }
+      };
+      if (whole) {
+        for_each([&](void* x_to, const T* x_at, void* g_to, const float* g_at, int columns_left,
+                     bool row_exists) {
+          const bool valid = row_exists && columns_left > 0;
+          copy_async_if<kOwnBytesX<T>>(valid, x_to, x_at);
+          copy_async_if<kPieceBytes>(valid, g_to, g_at);
+        });
+      } else {
+        for_each([&](void* x_to, const T* x_at, void* g_to, const float* g_at, int columns_left,
+                     bool row_exists) {
+          const int count = row_exists ? count_before<4>(columns_left, 0) : 0;
+          copy_row<4>(x_to, x_at, x.aligned, count);
+          copy_row<4>(g_to, g_at, grad_features.aligned, count);
+        });
       }
       from_weight += kWeightStage_;
       from_x += kColumns;
@@ -135,8 +152,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
         copied_row += tile_rows;
         from_weight = first_weight;
         from_x = x.at(copied_row, first_channel + 4 * t);
-        from_g = before.at(copied_row, first_channel + 4 * t);
+        from_g = grad_features.at(copied_row, first_channel + 4 * t);
       }
+      copied_stage = next_stage(copied_stage);
     }
     ++copied;
     commit_copies();
@@ -148,9 +166,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
 
   // Adds the warps' sums of a group of columns to the block's.
   const auto add_warps = [&](int i, int group) {
-    if (warp != i % warps) return;
-    const float* const from = warp_sums + i % 2 * warps * kColumns * 2 + lane * 2;
+    if (warp != (i & (warps - 1))) return;  // a power of two
+    const float* const from = warp_sums + (i & 1) * warps * kColumns * 2 + lane * 2;
     float dz = 0, dz_centred = 0;
+#pragma unroll 4
     for (int w = 0; w < warps; ++w) {
       dz += from[w * kColumns * 2];
       dz_centred += from[w * kColumns * 2 + 1];
@@ -160,7 +179,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   };
 
   uint4 low[kChunks_], high[kChunks_];  // of grad_z: rows g and g + 8
-  int group = 0;
+  int group = 0, stage = 0;
   int64_t row = begin + warp * kTileRows + g;
   for (int i = 0; i < total; ++i) {
     if (group == 0) {
@@ -190,13 +209,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
     copy_next();
     if (i > 0) add_warps(i - 1, group == 0 ? groups - 1 : group - 1);
 
-    uint4* const stage = stages + i % kStages<T> * stage_pieces;
+    const auto* const weights = reinterpret_cast<const uint4*>(stages + stage) + lane;
     float grad_a[kGroupTiles][4] = {};
 #pragma unroll
     for (int chunk = 0; chunk < kChunks_; ++chunk) {
       uint4 b[kGroupTiles];
 #pragma unroll
-      for (int j = 0; j < kGroupTiles; ++j) b[j] = stage[(chunk * kGroupTiles + j) * kWarp + lane];
+      for (int j = 0; j < kGroupTiles; ++j) b[j] = weights[(chunk * kGroupTiles + j) * kWarp];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll
@@ -207,19 +226,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
     }
 
     float* const to = grad_features.at(row, first_channel + group * kColumns + 4 * t);
+    const int left = sizes.channels - (first_channel + group * kColumns + 4 * t);
+    const bool exists[2] = {row < end, row + 8 < end};
     float dz_sums[4 * kPairs] = {}, dz_centred_sums[4 * kPairs] = {};
+    Pack<float, 4> sums[kPairs][2];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const int own = group * kColumns + pair * 2 * kTileColumns + 4 * t;
       Channel<float> channels[4];
-      norm.get(channels, own);
+      norm.get(channels, group * kColumns + pair * kPlace + 4 * t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const auto x_pack = *reinterpret_cast<const Pack<T, 4>*>(own_x(stage, pair, half));
-        Pack<float, 4> sums{};
-        if (!first_reader) {
-          sums = *reinterpret_cast<const Pack<float, 4>*>(own_g(stage, pair, half));
-        }
+        const auto x_pack = *reinterpret_cast<const Pack<T, 4>*>(
+            own_x + stage + behind(pair, half) * kOwnBytesX<T>);
+        sums[pair][half] = *reinterpret_cast<const Pack<float, 4>*>(
+            own_g + stage + behind(pair, half) * kPieceBytes);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float value = widen(x_pack.values[k]);
@@ -228,17 +248,35 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
           dz_sums[4 * pair + k] += dz;
           dz_centred_sums[4 * pair + k] =
               fma(dz, value - channels[k].mean, dz_centred_sums[4 * pair + k]);
-          sums.values[k] = fma(channels[k].scale, dz, sums.values[k]);
-        }
-        if (row + half * 8 < end) {
-          store_row(to + half * 8 * grad_features.stride + pair * 2 * kTileColumns, sums,
-                    grad_features.aligned, count_before<4>(sizes.channels, first_channel + own));
+          float& sum = sums[pair][half].values[k];
+          sum = fma(channels[k].scale, dz, sum);
         }
       }
     }
+    const auto store_each = [&](auto store) {
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          store(to + half * g_half + pair * kPlace, sums[pair][half], left - pair * kPlace,
+                exists[half]);
+        }
+      }
+    };
+    if (whole) {
+      store_each([](float* at, const Pack<float, 4>& pack, int columns_left, bool row_exists) {
+        store_if(row_exists && columns_left > 0, at, pack);
+      });
+    } else {
+      store_each([&](float* at, const Pack<float, 4>& pack, int columns_left, bool row_exists) {
+        if (!row_exists) return;
+        store_row(at, pack, grad_features.aligned, count_before<4>(columns_left, 0));
+      });
+    }
+    stage = next_stage(stage);
     const int place = add_lanes(dz_sums, dz_centred_sums);
     const int column = place / 4 * 2 * kTileColumns + 4 * t + place % 4;
-    float* const sum = warp_sums + ((i % 2 * warps + warp) * kColumns + column) * 2;
+    float* const sum = warp_sums + (((i & 1) * warps + warp) * kColumns + column) * 2;
     sum[0] = dz_sums[0];
     sum[1] = dz_centred_sums[0];
     if (++group == groups) {
@@ -311,8 +349,7 @@ void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, con
       kKernel<<<dim3(cut.chunking.chunks, cut.splits), cut.warps * kWarp, cut.shared_bytes,
                 static_cast<cudaStream_t>(problem.stream)>>>(
           sizes, Rows<const T>(problem.features[0].x, 4), bn, static_cast<const uint4*>(weight),
-          Rows<const T>(reader.grad_y), Rows<const float>(reader.grad_features, 4),
-          Rows<float>(reader.grad_features, 4), reader.first_reader, partial_dz,
+          Rows<const T>(reader.grad_y), Rows<float>(reader.grad_features, 4), partial_dz,
           partial_dz_centred);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
       merge_reader(problem, bn, reader, cut.chunking, partial_dz, partial_dz_centred);

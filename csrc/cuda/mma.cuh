@@ -147,6 +147,24 @@ __device__ void copy_async(void* to, const void* from, int count = kBytes) {
                  : "memory");
   }
 }
+// The same where the condition holds; else all bytes are 0.
+template <int kBytes>
+__device__ void copy_async_if(bool condition, void* to, const void* from) {
+  if constexpr (kBytes == kPieceBytes) {
+    asm volatile(
+        "{.reg .pred none; setp.eq.s32 none, %2, 0; "
+        "cp.async.cg.shared.global [%0], [%1], 16, none;}" ::"r"(shared_address(to)),
+        "l"(from), "r"(static_cast<int>(condition))
+        : "memory");
+  } else {
+    static_assert(kBytes == 8);
+    asm volatile(
+        "{.reg .pred none; setp.eq.s32 none, %2, 0; "
+        "cp.async.ca.shared.global [%0], [%1], 8, none;}" ::"r"(shared_address(to)),
+        "l"(from), "r"(static_cast<int>(condition))
+        : "memory");
+  }
+}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the `kPending` youngest groups of this thread have arrived.
 template <int kPending>
@@ -205,6 +223,30 @@ __device__ __forceinline__ void store_row(T* to, const Pack<T, k>& pack, bool al
     if (i < count) to[i] = pack.values[i];
   }
 }
+
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+
+// Four elements in one access, which the compiler would break up in places. `to` is aligned.
+template <typename T>
+__device__ void store_if(bool condition, T* to, const Pack<T, 4>& pack) {
+  if constexpr (sizeof(T) == 4) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(&pack);
+    asm volatile(
+        "{.reg .pred p; setp.ne.s32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(
+            to),
+        "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w), "r"(static_cast<int>(condition))
+        : "memory");
+  } else {
+    static_assert(sizeof(T) == 2);
+    const uint2 bits = *reinterpret_cast<const uint2*>(&pack);
+    asm volatile(
+        "{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(to),
+        "r"(bits.x), "r"(bits.y), "r"(static_cast<int>(condition))
+        : "memory");
+  }
+}
+
+#endif
 
 // The numbers of batch norm of neighbouring channels, in shared memory: one array per number.
 struct SharedNorm {

@@ -117,6 +117,7 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r) tile.count += row + r * 8 < end;
   const bool full = __all_sync(~0u, tile.count == kOwnRows);
+  const bool whole = full && to.aligned && outputs % 4 == 0;  // of columns, all four or none
   const float share = 1 / fmaxf(tile.count, 1);
   const int t = threadIdx.x % kPieces;
   T* const first = to.at(row, first_output + 4 * t);
@@ -140,7 +141,9 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
         values[r].values[k] =
             bias == nullptr ? narrow<T>(sum) : to_operand(narrow<T>(relu(sum + shifts[k])));
       }
-      if (full || row + r * 8 < end) {
+      if (whole) {
+        store_if(count > 0, first + r * 8 * to.stride + place, values[r]);
+      } else if (full || row + r * 8 < end) {
         store_row(first + r * 8 * to.stride + place, values[r], to.aligned, count);
       } else {
         values[r] = r == 0 ? Pack<T, 4>{} : values[0];  // which adds nothing below
