@@ -72,23 +72,34 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * chunks;
 
   // The next chunk to copy: its number, place in C and the lane's first row; its rows are 8 apart.
-  int copied = 0, copied_chunk = 0;
+  const bool whole = x.aligned && sizes.channels % kPiece<T> == 0;
+  int copied = 0, copied_chunk = 0, copied_stage = 0;
   int64_t copied_row = begin + warp * kRowTiles * kTileRows + g;
   const T* from_x = x.at(copied_row, t * kPiece<T>);
   const uint4* from_weight = weight;
   const auto copy_next = [&] {
     if (copied < total) {
-      uint4* const stage = stages + copied % kStages * stage_pieces;
+      uint4* const stage = stages + copied_stage * stage_pieces;
       for (int i = threadIdx.x; i < kWeightStage<kTiles>; i += blockDim.x) {
         copy_async(stage + i, from_weight + i);
       }
       const int count =
           count_before<kPiece<T>>(sizes.channels, copied_chunk * kChunk<T> + t * kPiece<T>);
+      const auto left = static_cast<int>(min(end - copied_row, int64_t(kOwnRows * 8)));
+      if (whole) {
 #pragma unroll
-      for (int r = 0; r < kOwnRows; ++r) {
-        copy_row<kPiece<T>>(stage + own_x + r * kWarp, from_x + r * 8 * x.stride, x.aligned,
-                            copied_row + r * 8 < end ? count : 0);
+        for (int r = 0; r < kOwnRows; ++r) {
+          copy_async_if<kPieceBytes>(count > 0 && r * 8 < left, stage + own_x + r * kWarp,
+                                     from_x + r * 8 * x.stride);
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          copy_row<kPiece<T>>(stage + own_x + r * kWarp, from_x + r * 8 * x.stride, x.aligned,
+                              r * 8 < left ? count : 0);
+        }
       }
+      if (++copied_stage == kStages) copied_stage = 0;
       from_x += kChunk<T>;
       from_weight += kWeightStage<kTiles>;
       if (++copied_chunk == chunks) {

@@ -58,33 +58,42 @@ struct Sizes {
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
-// A operand: rows m to m + 15 of the transposed matrix, summed over kStep of its rows.
+// Where a lane's part of an operand begins, in elements behind the operand's first.
 template <typename T>
-__device__ void load_a(uint32_t (&a)[4], const T* stage, int pitch, int lane) {
+__device__ int lane_of_a(int lane, int pitch) {
+  if constexpr (sizeof(T) == 2) return (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8;
+  return lane % 4 * pitch + lane / 4;
+}
+template <typename T>
+__device__ int lane_of_b(int lane, int pitch) {
+  if constexpr (sizeof(T) == 2) return lane % 16 * pitch + lane / 16 * 8;
+  return lane % 4 * pitch + lane / 4;
+}
+
+// A operand: 16 rows of the transposed matrix, summed over kStep of its rows; from the lane's part.
+template <int kPitch, typename T>
+__device__ void load_a(uint32_t (&a)[4], const T* from) {
   if constexpr (sizeof(T) == 2) {
-    const T* const row = stage + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8;
-    load_transposed(a, shared_address(row));
+    load_transposed(a, shared_address(from));
   } else {
-    const T* const from = stage + lane % 4 * pitch + lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      a[i] = __float_as_uint(to_operand(from[i / 2 * 4 * pitch + i % 2 * 8]));
+      a[i] = __float_as_uint(to_operand(from[i / 2 * 4 * kPitch + i % 2 * 8]));
     }
   }
 }
 
-// B operands of two tiles of 8 columns, of operands as they are.
-template <typename T>
-__device__ void load_b(uint32_t (&b)[2][2], const T* stage, int pitch, int lane) {
+// B operands of two tiles of 8 columns, of operands as they are; likewise.
+template <int kPitch, typename T>
+__device__ void load_b(uint32_t (&b)[2][2], const T* from) {
   if constexpr (sizeof(T) == 2) {
     uint32_t both[4];
-    load_transposed(both, shared_address(stage + lane % 16 * pitch + lane / 16 * 8));
+    load_transposed(both, shared_address(from));
     b[0][0] = both[0], b[0][1] = both[1], b[1][0] = both[2], b[1][1] = both[3];
   } else {
-    const T* const from = stage + lane % 4 * pitch + lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      b[i / 2][i % 2] = __float_as_uint(from[i % 2 * 4 * pitch + i / 2 * 8]);
+      b[i / 2][i % 2] = __float_as_uint(from[i % 2 * 4 * kPitch + i / 2 * 8]);
     }
   }
 }
@@ -125,27 +134,49 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     channels[i] = c < sizes.channels ? Channel<float>::load(bn, c) : Channel<float>{};
   }
 
+  // So are its pieces of grad_z, where the block has enough threads for whole rows of them.
+  constexpr int kRowsZ = kThreads_ / kPiecesZ, kOwnZ = (S::kRows + kRowsZ - 1) / kRowsZ;
+  const int own_output = threadIdx.x % kPiecesZ * kPiece<T>;
+  const int own_row_z = threadIdx.x / kPiecesZ < kRowsZ ? threadIdx.x / kPiecesZ : S::kRows;
+  const int count_z = count_before<kPiece<T>>(sizes.outputs, first_output + own_output);
+  const bool whole = x.aligned && grad_z.aligned && sizes.channels % kPiece<T> == 0 &&
+                     sizes.outputs % kPiece<T> == 0;
+
   const auto x_stage = [&](int step) { return stages + step % kStages * S::kStageElements; };
   const auto z_stage = [&](int step) { return x_stage(step) + S::kRows * S::kPitchX; };
+  const T* from_x = x.at(begin + own_row, first_channel + own_column);
+  const T* from_z = grad_z.at(begin + own_row_z, first_output + own_output);
   const auto copy = [&](int step) {
     if (step < total) {
-      const int64_t first = begin + static_cast<int64_t>(step) * S::kRows;
-      const int rows = static_cast<int>(min(end - first, int64_t(S::kRows)));
-      const T* const from_x = x.at(first + own_row, first_channel + own_column);
+      const int rows = static_cast<int>(
+          min(end - begin - static_cast<int64_t>(step) * S::kRows, int64_t(S::kRows)));
+      T* const to_x = x_stage(step) + own_row * S::kPitchX + own_column;
+      T* const to_z = z_stage(step) + own_row_z * S::kPitchZ + own_output;
+      const auto for_each = [&](auto copy_piece) {
 #pragma unroll
-      for (int k = 0; k < kOwnX; ++k) {
-        const int r = own_row + k * kRowsApart;
-        copy_row<kPiece<T>>(x_stage(step) + r * S::kPitchX + own_column,
-                            from_x + k * kRowsApart * x.stride, x.aligned, r < rows ? count_x : 0);
-      }
-      const T* const from_z = grad_z.at(first, first_output);
+        for (int k = 0; k < kOwnX; ++k) {
+          copy_piece(to_x + k * kRowsApart * S::kPitchX, from_x + k * kRowsApart * x.stride,
+                     x.aligned, own_row + k * kRowsApart < rows ? count_x : 0);
+        }
 #pragma unroll
-      for (int i = threadIdx.x; i < S::kRows * kPiecesZ; i += kThreads_) {
-        const int r = i / kPiecesZ, n = i % kPiecesZ * kPiece<T>;
-        const int count = r < rows ? count_before<kPiece<T>>(sizes.outputs, first_output + n) : 0;
-        copy_row<kPiece<T>>(z_stage(step) + r * S::kPitchZ + n, from_z + r * grad_z.stride + n,
-                            grad_z.aligned, count);
+        for (int k = 0; k < kOwnZ; ++k) {
+          const int r = own_row_z + k * kRowsZ;
+          if (r >= S::kRows) break;
+          copy_piece(to_z + k * kRowsZ * S::kPitchZ, from_z + k * kRowsZ * grad_z.stride,
+                     grad_z.aligned, r < rows ? count_z : 0);
+        }
+      };
+      if (whole) {
+        for_each([](T* to, const T* from, bool, int count) {
+          copy_async_if<kPieceBytes>(count > 0, to, from);
+        });
+      } else {
+        for_each([](T* to, const T* from, bool aligned, int count) {
+          copy_row<kPiece<T>>(to, from, aligned, count);
+        });
       }
+      from_x += S::kRows * x.stride;
+      from_z += S::kRows * grad_z.stride;
     }
     commit_copies();
   };
@@ -164,27 +195,30 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   wait_for_copies<kStages - 2>();
   normalise(0);
   float sums[S::kOutputTiles][kWarpTiles][4] = {};
+  const int from_a = row_part * kStep<T> * S::kPitchZ + output + lane_of_a<T>(lane, S::kPitchZ);
+  const int from_b = row_part * kStep<T> * S::kPitchX + column + lane_of_b<T>(lane, S::kPitchX);
   for (int step = 0; step < total; ++step) {
     wait_for_copies<kStages - 3>();  // of the next step
     __syncthreads();                 // this step is there for all, and nobody reads the one before
     copy(step + kStages - 1);
     normalise(step + 1);
-    const T *const xs = x_stage(step), *const zs = z_stage(step);
+    const T* const xs = x_stage(step) + from_b;
+    const T* const zs = z_stage(step) + from_a;
 #pragma unroll
-    for (int slice = row_part; slice < kSlices; slice += S::kRowParts) {
-      const int row = slice * kStep<T>;
+    for (int slice = 0; slice < kSlices; slice += S::kRowParts) {
+      constexpr int kSliceX = kStep<T> * S::kPitchX, kSliceZ = kStep<T> * S::kPitchZ;
       uint32_t b[kWarpTiles][2];
 #pragma unroll
       for (int j = 0; j < kWarpTiles; j += 2) {
         uint32_t both[2][2];
-        load_b(both, xs + row * S::kPitchX + column + j * kTileColumns, S::kPitchX, lane);
+        load_b<S::kPitchX>(both, xs + slice * kSliceX + j * kTileColumns);
 #pragma unroll
         for (int k = 0; k < 4; ++k) b[j + k / 2][k % 2] = both[k / 2][k % 2];
       }
 #pragma unroll
       for (int m = 0; m < S::kOutputTiles; ++m) {
         uint32_t a[4];
-        load_a(a, zs + row * S::kPitchZ + output + m * kTileRows, S::kPitchZ, lane);
+        load_a<S::kPitchZ>(a, zs + slice * kSliceZ + m * kTileRows);
 #pragma unroll
         for (int j = 0; j < kWarpTiles; ++j) mma<T>(sums[m][j], a, b[j]);
       }
@@ -208,16 +242,21 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kOutputs * kColumns; i += kThreads_) {
-    const int n = i / kColumns, c = i % kColumns;
-    if (first_output + n >= sizes.outputs || first_channel + c >= sizes.channels) continue;
-    float sum = 0;
+  const bool aligned = sizes.channels % 4 == 0;
+  for (int i = threadIdx.x; i < kOutputs * kColumns / 4; i += kThreads_) {
+    const int n = i / (kColumns / 4), c = i % (kColumns / 4) * 4;
+    const int count = count_before<4>(sizes.channels, first_channel + c);
+    if (first_output + n >= sizes.outputs || count == 0) continue;
+    Pack<float, 4> sum{};
 #pragma unroll
     for (int part = 0; part < S::kRowParts; ++part) {
-      sum += parts[(part * kOutputs + n) * S::kPitchSum + c];
+      const auto more = *reinterpret_cast<const Pack<float, 4>*>(
+          parts + (part * kOutputs + n) * S::kPitchSum + c);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum.values[k] += more.values[k];
     }
-    partial[(static_cast<int64_t>(blockIdx.z) * sizes.outputs + first_output + n) * sizes.channels +
-            first_channel + c] = sum;
+    const int64_t row = static_cast<int64_t>(blockIdx.z) * sizes.outputs + first_output + n;
+    store_row(partial + row * sizes.channels + first_channel + c, sum, aligned, count);
   }
 #endif
 }

@@ -73,42 +73,47 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   const int total = static_cast<int>((end - begin + block_rows - 1) / block_rows) * chunks;
   const int piece = threadIdx.x % kPieces;  // of every row that the thread copies
 
-  const auto copy = [&](int i) {
-    if (i < total) {
-      uint4* const stage = stages + i % sizes.stages * layout.stage;
-      const int chunk = i % chunks, channel = chunk * kChunk<T> + piece * kPiece<T>;
-      const uint4* const from = weight + static_cast<int64_t>(chunk) * kWeights;
+  const bool whole = z.aligned && sizes.channels % kPiece<T> == 0;
+  // The next stage to copy: its number, chunk, place and first row.
+  int copied = 0, copied_chunk = 0, copied_stage = 0;
+  int64_t copied_tile = begin;
+  const auto copy_next = [&] {
+    if (copied < total) {
+      uint4* const stage = stages + copied_stage * layout.stage;
+      const uint4* const from = weight + static_cast<int64_t>(copied_chunk) * kWeights;
       for (int k = threadIdx.x; k < kWeights; k += blockDim.x) {
         copy_async(stage + stretch * kPieces + k, from + k);
       }
-      const int count = count_before<kPiece<T>>(sizes.channels, channel);
-      const int64_t first = sizes.images.stretch_begin(begin + i / chunks * block_rows);
-      for (int s = threadIdx.x / kPieces; s < stretch; s += blockDim.x / kPieces) {
-        const int64_t row = first + s;
-        const bool exists = row >= 0 && row < sizes.images.rows;
-        copy_row<kPiece<T>>(stage + place(s, piece), z.at(exists ? row : 0, channel), z.aligned,
-                            exists ? count : 0);
+      const int channel = copied_chunk * kChunk<T> + piece * kPiece<T>;
+      copy_stretch<T>(stage, z, sizes.images, copied_tile, stretch, channel,
+                      count_before<kPiece<T>>(sizes.channels, channel), whole, blockDim.x);
+      if (++copied_stage == sizes.stages) copied_stage = 0;
+      if (++copied_chunk == chunks) {
+        copied_chunk = 0;
+        copied_tile += block_rows;
       }
     }
+    ++copied;
     commit_copies();
   };
-  for (int i = 0; i + 1 < sizes.stages; ++i) copy(i);
+  for (int i = 0; i + 1 < sizes.stages; ++i) copy_next();
   if constexpr (!kIsNormalised) norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
   float sums[kRowTiles][kTiles][4] = {};
   uint32_t inside[kRowTiles];
   WarpMoments<kTiles> moments;
+  int chunk = 0, stage_index = 0;
+  int64_t tile_row = begin + warp * kRowTiles * kTileRows;
   for (int i = 0; i < total; ++i) {
-    const int chunk = i % chunks;
-    const int64_t tile_row = begin + i / chunks * block_rows + warp * kRowTiles * kTileRows;
     if (chunk == 0) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
       }
     }
-    uint4* const stage = stages + i % sizes.stages * layout.stage;
+    uint4* const stage = stages + stage_index * layout.stage;
+    if (++stage_index == sizes.stages) stage_index = 0;
     if (i == 0) __syncthreads();  // the norm's numbers
     wait_for_all_but(sizes.stages - 2);
     if constexpr (!kIsNormalised) {  // each thread, what it has copied
@@ -120,12 +125,14 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
       }
     }
     __syncthreads();  // this stage is ready, and nobody reads the one before
-    copy(i + sizes.stages - 1);
+    copy_next();
     multiply_taps<T>(sums, stage, zeros, stage + stretch * kPieces, sizes.images,
                      warp * kRowTiles * kTileRows, inside, 2);
-    if (chunk + 1 < chunks) continue;
+    if (++chunk < chunks) continue;
     store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs, nullptr,
                   partial_mean ? &moments : nullptr);
+    chunk = 0;
+    tile_row += block_rows;
   }
   if (partial_mean == nullptr) return;
   wait_for_copies<0>();

@@ -41,6 +41,10 @@ struct Sizes {
 template <typename T, int kTiles>
 constexpr int kPitch = kTiles * kTileColumns + (sizeof(T) == 4 ? 8 : kPiece<T>);
 
+// Floats from tap to tap of a block's sums: lanes that write at once then do so in other banks.
+template <typename T>
+constexpr int kPitchSum = kChunk<T> + 4;
+
 template <typename T>
 constexpr int kChannelTiles = kChunk<T> / kTileRows;
 
@@ -163,24 +167,25 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   for (int k = 0; k < kPiece<T>; ++k) {
     channels[k] = k < count_z ? Channel<float>::load(bn, channel + k) : Channel<float>{};
   }
+  // A thread's pieces of grad_y are of the same columns, too.
+  static_assert(kBlockThreads % kRowPieces == 0);
+  constexpr int kRowsY = kBlockThreads / kRowPieces;
+  const int output = threadIdx.x % kRowPieces * kPiece<T>;
+  const bool output_exists = first_output + output < sizes.outputs;
+  const bool whole = z.aligned && sizes.channels % kPiece<T> == 0;
   const auto copy = [&](int i) {
     if (i < total) {
       const int64_t tile = begin + static_cast<int64_t>(i) * sizes.tile_rows;
-      const int64_t first = sizes.images.stretch_begin(tile);
-      auto* const to_z = reinterpret_cast<uint4*>(stage(i));
-      for (int s = threadIdx.x / kPieces; s < stretch; s += kBlockThreads / kPieces) {
-        const int64_t row = first + s;
-        const bool exists = row >= 0 && row < sizes.images.rows;
-        copy_row<kPiece<T>>(to_z + place(s, piece), z.at(exists ? row : 0, channel), z.aligned,
-                            exists ? count_z : 0);
-      }
-      T* const to_y = reinterpret_cast<T*>(stage(i) + layout.grad_y);
-      for (int k = threadIdx.x; k < sizes.tile_rows * kRowPieces; k += kBlockThreads) {
-        const int r = k / kRowPieces, n = k % kRowPieces * kPiece<T>;
-        const bool exists = tile + r < end && first_output + n < sizes.outputs;
-        copy_async(to_y + r * kPitch_ + n,
-                   exists ? grad_y.at(tile + r, first_output + n) : grad_y.data,
-                   exists ? kPieceBytes : 0);
+      copy_stretch<T>(reinterpret_cast<uint4*>(stage(i)), z, sizes.images, tile, stretch, channel,
+                      count_z, whole, kBlockThreads);
+      const auto rows = static_cast<int>(min(end - tile, int64_t(sizes.tile_rows)));
+      const int own_row = threadIdx.x / kRowPieces;
+      T* to_y = reinterpret_cast<T*>(stage(i) + layout.grad_y) + own_row * kPitch_ + output;
+      const T* from_y = grad_y.at(tile + own_row, first_output + output);
+      for (int r = own_row; r < sizes.tile_rows; r += kRowsY) {
+        copy_async_if<kPieceBytes>(output_exists && r < rows, to_y, from_y);
+        to_y += kRowsY * kPitch_;
+        from_y += kRowsY * grad_y.stride;
       }
     }
     commit_copies();
@@ -237,7 +242,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
           for (int k = 0; k < 4; ++k) {
             const int n = j * kTileColumns + lane % 4 * 2 + k % 2;
             const int c = (first_tile + m) * kTileRows + lane / 4 + k / 2 * 8;
-            float& sum = all[(n * kTaps + dy * 3 + dx) * kChunk<T> + c];
+            float& sum = all[(n * kTaps + dy * 3 + dx) * kPitchSum<T> + c];
             sum = p == 0 ? sums[dx][m][j][k] : sum + sums[dx][m][j][k];
           }
         }
@@ -245,11 +250,16 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kColumns * kTaps * kChunk<T>; i += kBlockThreads) {
-    const int c = first_channel + i % kChunk<T>, n = first_output + i / (kTaps * kChunk<T>);
-    if (n >= sizes.outputs || c >= sizes.channels) continue;
-    const int64_t row = (static_cast<int64_t>(blockIdx.y) * sizes.outputs + n) * kTaps;
-    partial[(row + i / kChunk<T> % kTaps) * sizes.channels + c] = all[i];
+  constexpr int kQuads = kChunk<T> / 4;
+  const int taps = min(kColumns, sizes.outputs - first_output) * kTaps;  // of all outputs
+  const int64_t first_tap =
+      (static_cast<int64_t>(blockIdx.y) * sizes.outputs + first_output) * kTaps;
+  const bool aligned = sizes.channels % 4 == 0;
+  for (int i = threadIdx.x; i < taps * kQuads; i += kBlockThreads) {
+    const int tap = i / kQuads, c = i % kQuads * 4;
+    store_row(partial + (first_tap + tap) * sizes.channels + first_channel + c,
+              *reinterpret_cast<const Pack<float, 4>*>(all + tap * kPitchSum<T> + c), aligned,
+              count_before<4>(sizes.channels, first_channel + c));
   }
 #endif
 }
@@ -267,7 +277,8 @@ int64_t shared_bytes(Element element, int tiles, int tile_rows, int64_t width) {
   const int size = element_size(element), pad = size == 4 ? 8 : kPieceBytes / size;
   const SharedLayout layout(static_cast<int>(tile_rows + 2 * width + 2), tile_rows,
                             (tiles * kTileColumns + pad) * size);
-  const int64_t sums = int64_t(tiles) * kTileColumns * kTaps * kPieces * kPieceBytes / size * 4;
+  const int64_t pitch_sum = kPieces * kPieceBytes / size + 4;
+  const int64_t sums = int64_t(tiles) * kTileColumns * kTaps * pitch_sum * sizeof(float);
   return std::max<int64_t>(kZeros + 2 * int64_t(layout.stage), sums);
 }
 

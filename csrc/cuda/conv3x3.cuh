@@ -105,6 +105,31 @@ constexpr int kConv3x3Stage = kTaps * kTiles * kWarp;
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
+// Copies one chunk of the stretch around rows from `tile` on, of so many rows: a thread its piece
+// of every fourth row of as many as there are threads. The piece is channels from `channel` on, of
+// which `count` exist: all or none where the channels are `whole`.
+template <typename T>
+__device__ void copy_stretch(uint4* to, const Rows<const T>& z, const ImageRows& images,
+                             int64_t tile, int stretch, int channel, int count, bool whole,
+                             int threads) {
+  const int64_t first = images.stretch_begin(tile);
+  const auto begin = static_cast<int>(max(-first, int64_t(0)));
+  const auto end = static_cast<int>(min(images.rows - first, int64_t(stretch)));
+  const int own_row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+  const int apart = threads / kPieces;
+  const T* from = z.at(first + own_row, channel);
+  for (int s = own_row; s < stretch; s += apart) {
+    const bool exists = s >= begin && s < end;
+    if (whole) {
+      copy_async_if<kPieceBytes>(exists && count > 0, to + place(s, piece), from);
+    } else {
+      copy_row<kPiece<T>>(to + place(s, piece), exists ? from : z.data, z.aligned,
+                          exists ? count : 0);
+    }
+    from += apart * z.stride;
+  }
+}
+
 // sums += taps of a warp's rows times the weights, over one chunk of channels. `stretch` holds the
 // operands; rows begin at stretch row `first`, and `inside` are the taps of the lane's row of each
 // tile: row lane % 16.
