@@ -5,7 +5,7 @@
     python benchmarks/inference.py --rows ours plain torchvision-converted
 
 What is timed is the forward pass of a model in evaluation mode under `torch.no_grad`, on random
-images. Each row runs in a process of its own and is
+images. Each row runs in a process of its own (unless --one-process) and is
 
     ours                   DenseNet(efficient=True), channels last
     plain                  DenseNet(efficient=False), contiguous
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import shlex
@@ -212,7 +213,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(dataclasses.asdict(measure(Job(**options.job)))))
         return 0
     source = origin(options.device, shlex.join(["python", "benchmarks/inference.py", *arguments]))
-    for rows in measure_each(Row, jobs(options), __file__):
+    in_process = functools.partial(Row.in_process, script=__file__)
+    for rows in measure_each(jobs(options), measure if options.one_process else in_process):
         title = "Evaluation under no_grad"
         text = write_rows(options.out / "inference", title, tables(rows), source, options, rows)
     print(text)

@@ -5,9 +5,9 @@
 
 Networks, precisions, rows and the step are those of train_step.py, with cudnn.benchmark off. The
 peak memory of two small batches, whose logits are compared with those of plain, gives a straight
-line and with it a first guess. From there batches are tried, each in a process of its own, until
-one trains and the next larger one does not. Up to 100 every batch is a candidate, above that steps
-are about 2 %.
+line and with it a first guess. From there batches are tried, each in a process of its own (unless
+--one-process), until one trains and the next larger one does not. Up to 100 every batch is a
+candidate, above that steps are about 2 %.
 
 Measured per row:
     batch      the largest that trains
@@ -48,7 +48,17 @@ from common import (
     origin_lines,
     positive,
 )
-from rows import Job, ProcessFailed, checked_step, in_process, summary, times_ms, warm_step
+from rows import (
+    Job,
+    ProcessFailed,
+    add_one_process,
+    checked_step,
+    in_process,
+    release_memory,
+    summary,
+    times_ms,
+    warm_step,
+)
 from train_step import MODELS, train_step
 
 # Configuration, precision and rows of the published table.
@@ -102,6 +112,7 @@ class Row:
 
 
 def attempt(job: Attempt) -> Trial:
+    release_memory()
     try:
         step = checked_step(job, train_step)[0] if job.checks else warm_step(job, train_step)
         torch.cuda.reset_peak_memory_stats()
@@ -165,11 +176,12 @@ def first_guess(small: list[Trial]) -> float:
     return two.batch + (USABLE * two.memory - two.peak_bytes) / per_sample
 
 
-def search(job: Job) -> Row:
+def search(job: Job, one_process: bool = False) -> Row:
     fields = dataclasses.asdict(job)
+    run = attempt if one_process else attempt_in_process
 
     def trial(batch: int, checks: bool = False) -> Trial:
-        result = attempt_in_process(Attempt(**{**fields, "batch": batch, "checks": checks}))
+        result = run(Attempt(**{**fields, "batch": batch, "checks": checks}))
         print(f"{job} {batch}: {result.note or 'trains'}", file=sys.stderr)
         return result
 
@@ -250,6 +262,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--steps", type=positive, default=5, metavar="N", help="timed steps (default: 5)")
     text = "keep what the files hold of earlier runs, for a table that takes more than one"
     add("--append", action="store_true", help=text)
+    add_one_process(parser)
     add("--out", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
     add("--job", type=json.loads, help=argparse.SUPPRESS)  # in the process of an attempt
     options = parser.parse_args(arguments)
@@ -289,7 +302,7 @@ def main(arguments: list[str]) -> int:
     runs.append({"origin": origin("cuda", command), "steps": options.steps, "rows": []})
     for job in jobs(options):
         begin = time.monotonic()
-        rows.append(search(job))
+        rows.append(search(job, options.one_process))
         runs[-1]["rows"].append(dataclasses.asdict(rows[-1]))
         text = write(options.out, runs)
         print(f"{job}: {time.monotonic() - begin:.0f} s", file=sys.stderr)

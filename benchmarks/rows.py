@@ -1,4 +1,6 @@
-"""Rows of a benchmark: each in a process of its own, on the weights and images of all rows."""
+"""Rows of a benchmark, on the weights and images of all rows; each in a process of its own, or all
+in one.
+"""
 
 from __future__ import annotations
 
@@ -107,12 +109,12 @@ def in_process(script: str, job: Job) -> dict[str, Any]:
     return result
 
 
-def measure_each(row: type[JobRow], jobs: list[Job], script: str) -> Iterator[list]:
+def measure_each(jobs: list[Job], measure: Callable[[Job], JobRow]) -> Iterator[list]:
     """The rows so far, after each job."""
     rows = []
     for job in jobs:
         begin = time.monotonic()
-        rows.append(row.in_process(job, script))
+        rows.append(measure(job))
         print(f"{job} batch {job.batch}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
         yield rows
 
@@ -150,8 +152,7 @@ def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> tuple[Forwar
     tolerance = PRECISIONS[job.precision].tolerance
     with torch.no_grad():
         expected = build(job, "plain").forward()
-    gc.collect()
-    torch.cuda.empty_cache()  # plain's memory is not to count as reserved
+    release_memory()  # plain's is not to count as reserved
     step = build(job, job.row)
     error = relative_error(step(), expected)
     if not error <= tolerance:
@@ -161,6 +162,12 @@ def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> tuple[Forwar
     for _ in range(job.warmup):
         step()
     return step, error
+
+
+def release_memory() -> None:
+    """What nobody refers to any more, and what torch's allocator keeps of it."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def warm_step(job: Job, build: Callable[[Job, str], Forward]) -> Forward:
@@ -228,8 +235,15 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cuda", "cpu"), default="cuda", help=text)
     text = "let cuDNN time its algorithms (torch's default is not to)"
     add("--cudnn-benchmark", action="store_true", help=text)
+    add_one_process(parser)
     add("--out", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
     add("--job", type=json.loads, help=argparse.SUPPRESS)  # one row, in the process of that row
+
+
+def add_one_process(parser: argparse.ArgumentParser) -> None:
+    text = "measure one after the other in one process: several times faster, but a row that ends "
+    text += "the process ends all, and kernels that one has loaded are there for the next"
+    parser.add_argument("--one-process", action="store_true", help=text)
 
 
 def parse_job_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
@@ -244,16 +258,18 @@ def write_rows(
 ) -> str:
     """Both files, with how the rows were timed; returns the text of the table's."""
     benchmark = "on" if options.cudnn_benchmark else "off"
+    processes = "one process" if options.one_process else "a process per row"
     text = (
         f"# {title}\n\n{origin_lines(source)}"
         f"- median and minimum of {options.steps} steps after {options.warmup}, "
-        f"cudnn.benchmark {benchmark}\n\n{table}"
+        f"cudnn.benchmark {benchmark}, {processes}\n\n{table}"
     )
     content = {
         "origin": source,
         "steps": options.steps,
         "warmup": options.warmup,
         "cudnn_benchmark": options.cudnn_benchmark,
+        "one_process": options.one_process,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     write(stem, text, content)

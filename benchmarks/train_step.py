@@ -5,7 +5,7 @@
     python benchmarks/train_step.py --config bc100 --precision tf32 --profile ours
 
 A step is forward, cross entropy, backward, SGD with momentum and `zero_grad(set_to_none=True)` on
-one random batch. Each row runs in a process of its own and is
+one random batch. Each row runs in a process of its own (unless --one-process) and is
 
     ours           DenseNet(efficient=True, recompute="bottleneck")
     ours-features  DenseNet(efficient=True, recompute="features")
@@ -365,7 +365,8 @@ def main(arguments: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.profile:
         return run_profile(options, source)
-    for rows in measure_each(Row, jobs(options), __file__):
+    in_process = functools.partial(Row.in_process, script=__file__)
+    for rows in measure_each(jobs(options), measure if options.one_process else in_process):
         stem, title = options.out / "train_step", f"Train step, batch {options.batch}"
         text = write_rows(stem, title, table(rows), source, options, rows)
     print(text)

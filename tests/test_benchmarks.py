@@ -367,8 +367,7 @@ def test_largest_batch_of_a_gpu(tiny, monkeypatch):
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (limit, limit))
-        monkeypatch.setattr(largest_batch, "attempt_in_process", largest_batch.attempt)
-        row = largest_batch.search(tiny("ours", device="cuda"))
+        row = largest_batch.search(tiny("ours", device="cuda"), one_process=True)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert row.next_note == "out of memory" and row.step_ms > 0
@@ -453,8 +452,8 @@ def test_numbers_without_matplotlib(tmp_path, monkeypatch, capsys):
 
 def test_inference(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = "--device cpu --config bc40 --precision fp32 --batch 1 2 --steps 2 --warmup 1 "
-    arguments += f"--rows ours plain --out {tmp_path}"
+    arguments = "--one-process --device cpu --config bc40 --precision fp32 --batch 1 2 --steps 2 "
+    arguments += f"--warmup 1 --rows ours plain --out {tmp_path}"
     assert inference.main(arguments.split()) == 0
     text = (tmp_path / "inference.md").read_text()
     assert capsys.readouterr().out == f"{text}\n" and f"benchmarks/inference.py {arguments}" in text

@@ -48,8 +48,8 @@ template <typename T>
 constexpr int kWarpBytes = 2 * kPairs * kWarp * (4 * sizeof(float) + kOwnBytesX<T>);
 
 // Copies under way: as many as leave shared memory for two blocks per multiprocessor.
-template <typename T>
-constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
+template <typename T, int kTiles>
+constexpr int kStages = sizeof(T) == 2 && kTiles <= 16 ? 3 : 2;
 
 struct Sizes {
   int64_t rows, rows_per_block;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * groups;
 
   const auto next_stage = [&](int stage) {
-    return stage + stage_bytes == kStages<T> * stage_bytes ? 0 : stage + stage_bytes;
+    return stage + stage_bytes == kStages<T, kTiles> * stage_bytes ? 0 : stage + stage_bytes;
   };
   int copied = 0, copied_group = 0, copied_stage = 0;
   int64_t copied_row = begin + warp * kTileRows + g;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
     commit_copies();
   };
 #pragma unroll
-  for (int i = 0; i < kStages<T> - 1; ++i) copy_next();
+  for (int i = 0; i < kStages<T, kTiles> - 1; ++i) copy_next();
   norm.load(bn, first_channel, columns, sizes.channels);
   for (int i = threadIdx.x; i < 2 * columns; i += blockDim.x) block_sums[i] = 0;
 
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
         high[chunk] = operand(row + 8, chunk);
       }
     }
-    wait_for_copies<kStages<T> - 2>();
+    wait_for_copies<kStages<T, kTiles> - 2>();
     __syncthreads();  // this stage is there, the one before is free, the sums of before are there
     copy_next();
     if (i > 0) add_warps(i - 1, group == 0 ? groups - 1 : group - 1);
@@ -299,9 +299,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
 }
 
 // How a call is cut, from measurements on an H100: eight warps a block where the rows fill the
-// chip; else four, and blocks share the columns. Fewer warps where shared memory is too little, and
-// kMostGroups groups of columns at most.
-constexpr int64_t kMostGroups = 32;
+// chip; else four, and blocks share the columns, in more parts where their rounds on a large GPU
+// then take a tenth less (a block costs kAllowance groups of columns besides). Fewer warps where
+// shared memory is too little, and kMostGroups groups of columns at most.
+constexpr int64_t kMostGroups = 32, kAllowance = 2;
+constexpr int64_t kMultiprocessors = 132, kMultiprocessorBytes = 227 << 10;
+constexpr int64_t kWarpsTogether = 16;  // that the registers of a multiprocessor are enough for
 
 struct Cut {
   int warps, groups_per_block, splits;
@@ -314,15 +317,30 @@ struct Cut {
     warps = rows >= kBlocks / 2 * kMaxWarps * kTileRows ? kMaxWarps : kMaxWarps / 2;
     for (;; warps /= 2) {
       const int64_t tile = warps * kTileRows, tiles = ceil_div(rows, tile);
-      const int64_t wanted = std::max<int64_t>(kBlocks / tiles, ceil_div(groups, kMostGroups));
-      groups_per_block = static_cast<int>(ceil_div(groups, std::clamp<int64_t>(wanted, 1, groups)));
-      splits = static_cast<int>(ceil_div(groups, groups_per_block));
       const int64_t rows_per_block = ceil_div(tiles, kBlocks) * tile;
       chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
-      const int columns = groups_per_block * kColumns;
-      const int64_t floats = SharedNorm::kNumbers * columns + sum_floats(columns, warps);
-      shared_bytes = floats * static_cast<int64_t>(sizeof(float)) +
-                     stages * (int64_t(pieces) * kPieceBytes + warps * warp_bytes);
+      const auto share = [&](int64_t own_groups) {
+        groups_per_block = static_cast<int>(own_groups);
+        splits = static_cast<int>(ceil_div(groups, own_groups));
+        const int columns = groups_per_block * kColumns;
+        const int64_t floats = SharedNorm::kNumbers * columns + sum_floats(columns, warps);
+        shared_bytes = floats * static_cast<int64_t>(sizeof(float)) +
+                       stages * (int64_t(pieces) * kPieceBytes + warps * warp_bytes);
+        const int64_t together =
+            std::clamp<int64_t>(kMultiprocessorBytes / shared_bytes, 1, kWarpsTogether / warps);
+        return ceil_div(chunking.chunks * splits, kMultiprocessors * together) *
+               (own_groups + kAllowance);
+      };
+      const int64_t fewest =
+          std::clamp<int64_t>(kBlocks / tiles, ceil_div(groups, kMostGroups), groups);
+      int64_t best_groups = ceil_div(groups, fewest), best = share(best_groups);
+      for (int64_t parts = fewest + 1; parts <= std::min(groups, 4 * fewest); ++parts) {
+        const int64_t cost = share(ceil_div(groups, parts));
+        if (10 * cost >= 9 * best) continue;
+        best = cost;
+        best_groups = ceil_div(groups, parts);
+      }
+      share(best_groups);
       if (shared_bytes <= limit || warps == 1) return;
     }
   }
@@ -339,7 +357,7 @@ void bn_relu_conv1x1_grad_input(const Problem& problem, const BatchNorm& bn, con
       constexpr auto kKernel = bn_relu_conv1x1_grad_input_kernel<T, kTiles>;
       allow_shared<kKernel>();
       const Cut cut(problem.rows.count, problem.channels, kWeightStage<T, kTiles>, kWarpBytes<T>,
-                    kStages<T>);
+                    kStages<T, kTiles>);
       const Sizes sizes{problem.rows.count, cut.chunking.rows_per_chunk,
                         static_cast<int>(problem.channels), static_cast<int>(outputs),
                         cut.groups_per_block};

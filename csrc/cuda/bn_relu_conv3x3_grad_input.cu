@@ -55,12 +55,12 @@ struct SharedLayout {
 
 // Of a row, 0 for those that do not count.
 template <typename T>
-__device__ Pack<T, 4> load_four(const Rows<const T>& rows, int64_t row, int column, int count) {
+__device__ Pack<T, 4> load_four(const T* from, bool aligned, int count) {
   Pack<T, 4> values{};
-  if (count == 4 && rows.aligned) return *reinterpret_cast<const Pack<T, 4>*>(rows.at(row, column));
+  if (count == 4 && aligned) return *reinterpret_cast<const Pack<T, 4>*>(from);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    if (k < count) values.values[k] = *rows.at(row, column + k);
+    if (k < count) values.values[k] = from[k];
   }
   return values;
 }
@@ -121,44 +121,57 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   // grad_y, four channels at a time.
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * block_rows;
   const int64_t end = min(first_row + block_rows, sizes.images.rows);
-  constexpr int kFours = kChunk<T> / 4;
-  const int items = stretch * kFours;
   const int64_t stretch_begin = sizes.images.stretch_begin(first_row);
+  const auto first_stretch = static_cast<int>(max(-stretch_begin, int64_t(0)));
+  const auto end_stretch =
+      static_cast<int>(min(sizes.images.rows - stretch_begin, int64_t(stretch)));
+  const int first_own = sizes.images.width + 1;  // row of the stretch: those between are around
+  const int end_own = first_own + static_cast<int>(end - first_row);
+  constexpr int kFours = kChunk<T> / 4;
+  const int in_chunk = threadIdx.x % kFours * 4, own_s = threadIdx.x / kFours;
+  const int apart = blockDim.x / kFours;
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    uint4* const chunk_operands = operands + chunk * stretch * kPieces;
-    for (int first = threadIdx.x; first < items; first += kBatch * blockDim.x) {
+    const int n = chunk * kChunk<T> + in_chunk, count_n = count_before<4>(sizes.outputs, n);
+    FinalChannel<float> channels[4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k < count_n) channels[k] = final_channels[n + k];
+    }
+    T* const operand =
+        reinterpret_cast<T*>(operands + chunk * stretch * kPieces) + in_chunk % kPiece<T>;
+    const bool writes = blockIdx.y == 0 && n < sizes.pitch;
+    const float* from_g = grad_features.at(stretch_begin + own_s, n);
+    const T* from_y = y.at(stretch_begin + own_s, n);
+    T* to = grad_y.at(stretch_begin + own_s, n);
+    for (int first = own_s; first < stretch; first += kBatch * apart) {
       Pack<float, 4> g[kBatch];
       Pack<T, 4> values[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int i = first + j * blockDim.x, n = chunk * kChunk<T> + i % kFours * 4;
-        const int64_t row = stretch_begin + i / kFours;
-        const bool exists = i < items && row >= 0 && row < sizes.images.rows;
-        const int count = exists ? count_before<4>(sizes.outputs, n) : 0;
-        g[j] = load_four(grad_features, row, n, count);
-        values[j] = load_four(y, row, n, count);
+        const int s = first + j * apart,
+                  count = s >= first_stretch && s < end_stretch ? count_n : 0;
+        g[j] = load_four(from_g + j * apart * grad_features.stride, grad_features.aligned, count);
+        values[j] = load_four(from_y + j * apart * y.stride, y.aligned, count);
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int i = first + j * blockDim.x, s = i / kFours, in_chunk = i % kFours * 4;
-        if (i >= items) break;
-        const int64_t row = stretch_begin + s;
-        const int n = chunk * kChunk<T> + in_chunk;
-        const bool exists = row >= 0 && row < sizes.images.rows;
+        const int s = first + j * apart;
+        if (s >= stretch) break;
+        const bool exists = s >= first_stretch && s < end_stretch;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const float gradient =
-              exists && n + k < sizes.outputs
-                  ? final_channels[n + k].gradient(g[j].values[k], widen(values[j].values[k]))
-                  : 0;
-          values[j].values[k] = to_operand(narrow<T>(gradient));
+          const float gradient = channels[k].gradient(g[j].values[k], widen(values[j].values[k]));
+          values[j].values[k] = to_operand(narrow<T>(exists ? gradient : 0.0f));
         }
-        T* const piece = reinterpret_cast<T*>(chunk_operands + place(s, in_chunk / kPiece<T>));
-        *reinterpret_cast<Pack<T, 4>*>(piece + in_chunk % kPiece<T>) = values[j];
-        if (blockIdx.y == 0 && row >= first_row && row < end && n < sizes.pitch) {
-          *reinterpret_cast<Pack<T, 4>*>(grad_y.at(row, n)) = values[j];
+        *reinterpret_cast<Pack<T, 4>*>(operand + place(s, in_chunk / kPiece<T>) * kPiece<T>) =
+            values[j];
+        if (writes && s >= first_own && s < end_own) {
+          *reinterpret_cast<Pack<T, 4>*>(to + j * apart * grad_y.stride) = values[j];
         }
       }
+      from_g += kBatch * apart * grad_features.stride;
+      from_y += kBatch * apart * y.stride;
+      to += kBatch * apart * grad_y.stride;
     }
   }
 
@@ -169,66 +182,85 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
   }
   float sums[kRowTiles][kTiles][4] = {};
+  int chunk = 0, first_column = 0;  // of the group
   for (int i = 0; i < total; ++i) {
     wait_for_copies<0>();
     __syncthreads();  // these weights (and grad_y) are there, and nobody reads those before
     copy(i + 1);
-    const int chunk = i % chunks;
     const int left = sizes.outputs - chunk * kChunk<T>;
-    multiply_taps<T>(sums, operands + chunk * stretch * kPieces, zeros, stages + i % 2 * kWeights,
+    multiply_taps<T>(sums, operands + chunk * stretch * kPieces, zeros, stages + (i & 1) * kWeights,
                      sizes.images, warp * kRowTiles * kTileRows, inside, left > kStep<T> ? 2 : 1);
-    if (chunk + 1 < chunks) continue;
+    if (++chunk < chunks) continue;
 
     const int64_t row = tile_row + lane / kPieces;
-    const int first_own = i / chunks * kColumns + 4 * t;
-    const bool whole = tile_row + kRowTiles * kTileRows <= end &&
-                       first_channel + (i / chunks + 1) * kColumns <= sizes.channels;
-    const auto own_count = [&](int own, int r) {
-      if (whole) return 4;
-      return row + r * 8 < end ? count_before<4>(sizes.channels, first_channel + own) : 0;
+    const int own = first_column + 4 * t;
+    const T* const from_z = z.at(row, first_channel + own);
+    T* const to_z = grad_z.at(row, first_channel + own);
+    const bool whole = z.aligned && grad_z.aligned && tile_row + kRowTiles * kTileRows <= end &&
+                       first_channel + first_column + kColumns <= sizes.channels;
+    const auto count_of = [&](int place, int r) {
+      return row + r * 8 < end ? count_before<4>(sizes.channels, first_channel + own + place) : 0;
     };
-    const auto load = [&](Pack<T, 4>(&values)[kOwnRows], int own) {
+    const auto load = [&](Pack<T, 4>(&values)[kOwnRows], int place) {
+      if (whole) {
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          values[r] = *reinterpret_cast<const Pack<T, 4>*>(from_z + r * 8 * z.stride + place);
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          values[r] = load_four(from_z + r * 8 * z.stride + place, z.aligned, count_of(place, r));
+        }
+      }
+    };
+    const auto store = [&](const Pack<T, 4>(&values)[kOwnRows], int place) {
 #pragma unroll
       for (int r = 0; r < kOwnRows; ++r) {
-        values[r] = load_four(z, row + r * 8, first_channel + own, own_count(own, r));
+        T* const to = to_z + r * 8 * grad_z.stride + place;
+        if (whole) {
+          store_if(true, to, values[r]);
+        } else {
+          store_row(to, values[r], grad_z.aligned, count_of(place, r));
+        }
       }
     };
     Pack<T, 4> next[kOwnRows];
-    load(next, first_own);
+    load(next, 0);
 #pragma unroll
     for (int pair = 0; pair < kTiles / 2; ++pair) {
-      const int own = first_own + pair * 2 * kTileColumns;
+      const int place = pair * 2 * kTileColumns;
       Pack<T, 4> values[kOwnRows];
 #pragma unroll
       for (int r = 0; r < kOwnRows; ++r) values[r] = next[r];
-      if (pair + 1 < kTiles / 2) load(next, own + 2 * kTileColumns);
+      if (pair + 1 < kTiles / 2) load(next, place + 2 * kTileColumns);
       Channel<float> channels[4];
-      norm.get(channels, own);
+      norm.get(channels, own + place);
       float dz_sums[4] = {}, dz_centred_sums[4] = {};
 #pragma unroll
       for (int r = 0; r < kOwnRows; ++r) {
-        const int count = own_count(own, r);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float value = widen(values[r].values[k]);
+          // Of rows and columns that do not exist, it is 0.
           float& sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
           const T stored = narrow<T>(masked<T>(channels[k], value, sum));
-          const float dz = k < count ? widen(stored) : 0;
+          const float dz = widen(stored);
           dz_sums[k] += dz;
           dz_centred_sums[k] = fma(dz, value - channels[k].mean, dz_centred_sums[k]);
           values[r].values[k] = stored;
           sum = 0;
         }
-        if (count > 0) {
-          store_row(grad_z.at(row + r * 8, first_channel + own), values[r], grad_z.aligned, count);
-        }
       }
-      const int column = own + add_lanes(dz_sums, dz_centred_sums);
+      store(values, place);
+      const int column = own + place + add_lanes(dz_sums, dz_centred_sums);
       if (!(lane & 4)) {
         warp_sums[warp * 2 * columns + column] = dz_sums[0];
         warp_sums[(warp * 2 + 1) * columns + column] = dz_centred_sums[0];
       }
     }
+    chunk = 0;
+    first_column += kColumns;
   }
   wait_for_copies<0>();
   __syncthreads();
