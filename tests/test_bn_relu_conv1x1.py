@@ -295,9 +295,7 @@ def test_offsets_beyond_32_bits():
     affine, correction = torch.empty(2, channels, device="cuda"), p.correction.clone()
     conv1 = torch.empty(48, channels, device="cuda")
     G = gradients[:, :channels]
-    OPS.bn_relu_conv1x1_backward(
-        grad_z, x, *norm, p.conv1, G, affine, correction, True, conv1
-    )
+    OPS.bn_relu_conv1x1_backward(grad_z, x, *norm, p.conv1, G, affine, correction, True, conv1)
     assert torch.equal(G[-1000:], expected["G"])
     exact = reference(p, torch.float64)
     assert relative_error(conv1, exact["grad_conv1"]) < 1e-2
