@@ -32,7 +32,7 @@ constexpr int kMaxWarps = 8;
 constexpr int64_t kBlocks = 528;  // at most, about
 constexpr int kColumns = 32;      // of a group
 constexpr int kGroupTiles = kColumns / kTileColumns, kPairs = kGroupTiles / 2;
-constexpr int kPlace = 2 * kTileColumns;  // columns of a pair
+constexpr int kPairColumns = 2 * kTileColumns;
 
 // Chunks of N numbers, of grad_z and W.
 template <typename T, int kTiles>
@@ -123,9 +123,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
         for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            copy(to_x + behind(pair, half) * kOwnBytesX<T>, from_x + pair * kPlace + half * x_half,
-                 to_g + behind(pair, half) * kPieceBytes, from_g + pair * kPlace + half * g_half,
-                 left - pair * kPlace, exists[half]);
+            copy(to_x + behind(pair, half) * kOwnBytesX<T>,
+                 from_x + pair * kPairColumns + half * x_half,
+                 to_g + behind(pair, half) * kPieceBytes,
+                 from_g + pair * kPairColumns + half * g_half, left - pair * kPairColumns,
+                 exists[half]);
           }
         }
       };
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       Channel<float> channels[4];
-      norm.get(channels, group * kColumns + pair * kPlace + 4 * t);
+      norm.get(channels, group * kColumns + pair * kPairColumns + 4 * t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto x_pack = *reinterpret_cast<const Pack<T, 4>*>(
@@ -258,8 +260,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
       for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          store(to + half * g_half + pair * kPlace, sums[pair][half], left - pair * kPlace,
-                exists[half]);
+          store(to + half * g_half + pair * kPairColumns, sums[pair][half],
+                left - pair * kPairColumns, exists[half]);
         }
       }
     };
