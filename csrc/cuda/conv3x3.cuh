@@ -105,9 +105,9 @@ constexpr int kConv3x3Stage = kTaps * kTiles * kWarp;
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
-// Copies one chunk of the stretch around rows from `tile` on, of so many rows: a thread its piece
-// of every fourth row of as many as there are threads. The piece is channels from `channel` on, of
-// which `count` exist: all or none where the channels are `whole`.
+// Copies a chunk of the stretch around rows from `tile` on. A thread's piece is the same in all
+// rows that it copies, `threads` / kPieces apart: the channels from `channel` on, of which `count`
+// exist; all or none where z is `whole`.
 template <typename T>
 __device__ void copy_stretch(uint4* to, const Rows<const T>& z, const ImageRows& images,
                              int64_t tile, int stretch, int channel, int count, bool whole,
