@@ -26,9 +26,7 @@ kernels.md and kernels.json.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -43,12 +41,14 @@ import efficient_densenet  # noqa: F401  registers the operators
 from common import (
     RESULTS,
     copy_bandwidth,
+    describing_parser,
     markdown_table,
     origin,
     origin_lines,
     positive,
     relative_error,
     set_tf32,
+    write,
 )
 
 OPS = torch.ops.efficient_densenet
@@ -343,9 +343,7 @@ def table(rows: list[dict], kernel: int) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = describing_parser(__doc__)
     parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="default: 20")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--kernel", type=int, nargs="+", choices=PARTS, default=list(PARTS))
@@ -367,10 +365,8 @@ def main(arguments: list[str]) -> int:
         f"- mean GPU time of {options.repeats} calls, cold L2 cache; float32 with TF32\n\n"
         + "\n".join(f"## {kernel}x{kernel}\n\n{table(rows, kernel)}" for kernel in PARTS)
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "kernels.md").write_text(text)
     content = {"origin": source, "copy bandwidth": bandwidth, "rows": rows}
-    (options.out / "kernels.json").write_text(json.dumps(content, indent=1) + "\n")
+    write(options.out / "kernels", text, content)
     print(text)
     return 0
 

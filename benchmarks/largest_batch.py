@@ -42,11 +42,13 @@ from common import (
     PRECISIONS,
     RESULTS,
     Network,
+    describing_parser,
     gigabytes,
     markdown_table,
     origin,
     origin_lines,
     positive,
+    write,
 )
 from rows import (
     Job,
@@ -232,15 +234,14 @@ def table(rows: list[Row]) -> str:
     return markdown_table(columns, [[cell.replace("|", "\\|") for cell in line] for line in cells])
 
 
-def write(out: Path, runs: list[dict]) -> str:
+def write_runs(out: Path, runs: list[dict]) -> str:
     """Both files; returns the text of the table's."""
     text = "# Largest batch that trains on one GPU\n"
     for run in runs:
         rows = [Row(**row) for row in run["rows"]]
         text += f"\n{origin_lines(run['origin'])}- median of {run['steps']} steps after {WARMUP}, "
         text += f"cudnn.benchmark off\n\n{table(rows)}"
-    (out / "largest_batch.md").write_text(text)
-    (out / "largest_batch.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    write(out / "largest_batch", text, {"runs": runs})
     return text
 
 
@@ -248,12 +249,7 @@ def write(out: Path, runs: list[dict]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = describing_parser(__doc__)
     add = parser.add_argument
     text = f"{', '.join(NETWORKS)} (default for all three: the published rows)"
     add("--config", nargs="+", choices=NETWORKS, metavar="NAME", help=text)
@@ -294,7 +290,6 @@ def main(arguments: list[str]) -> int:
     if options.job is not None:
         print(json.dumps(dataclasses.asdict(attempt(Attempt(**options.job)))))
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
     earlier = options.out / "largest_batch.json"
     runs = json.loads(earlier.read_text())["runs"] if options.append and earlier.exists() else []
     command = shlex.join(["python", "benchmarks/largest_batch.py", *arguments])
@@ -304,7 +299,7 @@ def main(arguments: list[str]) -> int:
         begin = time.monotonic()
         rows.append(search(job, options.one_process))
         runs[-1]["rows"].append(dataclasses.asdict(rows[-1]))
-        text = write(options.out, runs)
+        text = write_runs(options.out, runs)
         print(f"{job}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
     print(text)
     return int(any(row.batch is None for row in rows if is_ours(row.row)))

@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   const int tile_rows = warps * kRowTiles * kTileRows;
   const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * chunks;
 
-  // The next chunk to copy: its number, place in C and the lane's first row; its rows are 8 apart.
   const bool whole = x.aligned && sizes.channels % kPiece<T> == 0;
+  // The next chunk to copy: its number, place in C, stage and the lane's first row; its rows are 8
+  // apart.
   int copied = 0, copied_chunk = 0, copied_stage = 0;
   int64_t copied_row = begin + warp * kRowTiles * kTileRows + g;
   const T* from_x = x.at(copied_row, t * kPiece<T>);
