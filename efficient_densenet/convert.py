@@ -1,351 +1,43 @@
 """Makes the DenseNets of other libraries run in linear memory, without touching their parameters.
 
 :func:`convert` changes the class of dense blocks, of the ``nn.Sequential`` that holds them and of
-the library's model around that to a subclass that runs :mod:`efficient_densenet.dense_block`. Every
-module, parameter, buffer and name
-stays the same object, so optimizers, checkpoints and copies of the weights go on working, and
-:func:`revert` is the change back. A block that the operator does not compute exactly (see
-:meth:`DenseBlock.why_not_fused <efficient_densenet.DenseBlock.why_not_fused>`) runs as it did, and
-so does everything else.
-
-Known are the dense blocks of torchvision, timm, MONAI (1-d to 3-d), torchxrayvision and of copies
-of the original efficient_densenet_pytorch. None of these is imported here: a class is known by its
-module and name, and its parts by theirs.
+the library's model around that to a subclass that runs :mod:`efficient_densenet.runner`. Every
+module, parameter, buffer and name stays the same object, so optimizers, checkpoints and copies of
+the weights go on working, and :func:`revert` is the change back. A block that the operator does not
+compute exactly runs as it did, and so does everything else.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
-from . import functional
-from ._arguments import RECOMPUTE, computed_dtype
-from .dense_block import DenseLayer, Plan, Pool
-from .densenet import (
-    _BATCH_NORMS,
-    _batch_norm,
-    _check_choice,
-    _in_format,
-    _layer_tensors,
-    _Plans,
-    _run_blocks,
-    _size,
-    _stem_norm_relu,
-    _why_called,
-    _why_not_convolution,
-    _why_not_halving,
+from . import libraries
+from .arguments import RECOMPUTE, check_bool, check_choice, check_module
+from .densenet import DenseBlock
+from .libraries import LayerParts, find_blocks, library_of
+from .lowering import why_called, why_not_layers
+from .runner import Block, Ending, Settings, records, run_block, run_sequence
+from .trial import (
+    Head,
+    Trial,
+    code_of,
+    head_averages,
+    head_has_hooks,
+    head_of,
+    numbers_of,
+    try_block,
 )
-from .layout import block_is_channels_last
 
 _logger = logging.getLogger("efficient_densenet")
-_ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-
-
-# ------------------------------------------------------------------------------------------------
-# What the libraries' modules are made of
-
-
-class _Layer(NamedTuple):
-    """The parts of a dense layer. A ReLU of None is inside the norm (timm)."""
-
-    whole: nn.Module
-    norm1: nn.Module
-    relu1: nn.Module | None
-    conv1: Any  # modules with a weight
-    norm2: nn.Module
-    relu2: nn.Module | None
-    conv2: Any
-    drop_rate: float = 0.0  # 0 in evaluation mode
-    drops_channels: bool = False  # whole ones
-    containers: tuple[nn.Module, ...] = ()  # between the layer and its parts
-    other: str | None = None  # what else the layer does
-
-
-class _Library(NamedTuple):
-    """Where a library has its dense blocks, and the names of their classes.
-
-    And what is between the features of its ``DenseNet`` and the classifier: ``head`` names the
-    methods that run, ``averages`` says whether they are ReLU and average over each image.
-    """
-
-    name: str
-    module: str | None  # None: anywhere, for a file that is copied
-    block: str
-    layer: str
-    transition: str
-    read: Callable[[nn.Module], _Layer]
-    head: tuple[str, ...] = ()
-    averages: Callable[[Any], bool] = lambda model: True
-
-    def has_block(self, module: nn.Module) -> bool:
-        return self._is(_original(module), self.block)
-
-    def has_layer(self, module: nn.Module) -> bool:
-        return self._is(type(module), self.layer)
-
-    def has_transition(self, module: object) -> bool:
-        return self._is(type(module), self.transition)
-
-    def has_model(self, kind: type) -> bool:
-        """Whether it is the library's ``DenseNet``, or computes what that does."""
-        methods = [getattr(kind, name, None) for name in self.head]
-        names = [
-            (getattr(m, "__module__", None), getattr(m, "__qualname__", None)) for m in methods
-        ]
-        return bool(names) and names == [(self.module, f"DenseNet.{name}") for name in self.head]
-
-    def _is(self, kind: type, name: str) -> bool:
-        return kind.__qualname__ == name and self.module in (None, kind.__module__)
-
-
-def _read_attributes(layer: Any) -> _Layer:
-    return _Layer(
-        layer,
-        layer.norm1,
-        getattr(layer, "relu1", None),
-        layer.conv1,
-        layer.norm2,
-        getattr(layer, "relu2", None),
-        layer.conv2,
-        float(layer.drop_rate) if layer.training else 0.0,
-    )
-
-
-def _read_monai(layer: Any) -> _Layer:
-    parts = layer.layers
-    read = _Layer(
-        layer, parts.norm1, parts.relu1, parts.conv1, parts.norm2, parts.relu2, parts.conv2,
-        containers=(parts,),
-    )  # fmt: skip
-    dropout = getattr(parts, "dropout", None)
-    if dropout is None:
-        return read
-    of_channels = {4: nn.Dropout2d, 5: nn.Dropout3d}.get(parts.conv2.weight.dim())
-    if type(dropout) not in (nn.Dropout, of_channels):
-        return read._replace(other=f"drops out with {type(dropout).__name__}")
-    return read._replace(
-        drop_rate=float(dropout.p) if dropout.training else 0.0,
-        drops_channels=type(dropout) is of_channels,
-        containers=(parts, dropout),
-    )
-
-
-def _is_average(pool: Any) -> bool:
-    """Over each image, and nobody listens."""
-    return _why_called(pool, *_ADAPTIVE_POOLS) is None and _size(pool.output_size) in (1, (1,))
-
-
-def _timm_averages(model: Any) -> bool:
-    pool = model.global_pool
-    return (
-        _why_called(pool, type(pool)) is None
-        and _is_average(getattr(pool, "pool", None))
-        and _has_activation([*model.features.children()][-1])
-    )
-
-
-def _monai_averages(model: Any) -> bool:
-    layers = model.class_layers
-    relu, pool = [*layers.children(), None, None][:2]
-    whys = _why_called(layers, nn.Sequential), _why_called(relu, nn.ReLU)
-    return whys == (None, None) and _is_average(pool)
-
-
-_LIBRARIES = (
-    _Library(
-        "torchvision", "torchvision.models.densenet", "_DenseBlock", "_DenseLayer", "_Transition",
-        _read_attributes, ("forward",),
-    ),
-    _Library(
-        "timm", "timm.models.densenet", "DenseBlock", "DenseLayer", "DenseTransition",
-        _read_attributes, ("forward", "forward_features", "forward_head"), _timm_averages,
-    ),
-    _Library(
-        "MONAI", "monai.networks.nets.densenet", "_DenseBlock", "_DenseLayer", "_Transition",
-        _read_monai, ("forward",), _monai_averages,
-    ),
-    _Library(
-        "torchxrayvision", "torchxrayvision.models", "_DenseBlock", "_DenseLayer", "_Transition",
-        _read_attributes, ("forward", "features2"),
-    ),
-    # Last: its classes are known by their names alone, and by what is in them.
-    _Library(
-        "efficient_densenet_pytorch", None, "_DenseBlock", "_DenseLayer", "_Transition",
-        _read_attributes,
-    ),
-)  # fmt: skip
-
-
-def _original(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before it was converted."""
-    return module.original if isinstance(module, _Converted) else type(module)
-
-
-def _library_of(module: nn.Module) -> _Library | None:
-    """The library whose dense block this is."""
-    for library in _LIBRARIES:
-        if library.has_block(module):
-            layers = list(module.children())
-            if layers and all(map(library.has_layer, layers)):
-                return library
-    return None
-
-
-def _library_of_model(kind: type) -> _Library | None:
-    """The library whose ``DenseNet`` this is."""
-    return next((library for library in _LIBRARIES if library.has_model(kind)), None)
-
-
-def _layers_of(library: _Library, block: nn.Module) -> list[_Layer]:
-    """Raises AttributeError where a layer has other parts."""
-    return [library.read(layer) for layer in block.children()]
-
-
-# ------------------------------------------------------------------------------------------------
-# What may run fused. Each function returns why not, or None.
-
-
-def _why_not_norm(norm: Any, relu: nn.Module | None) -> str | None:
-    """Batch norm and ReLU as two modules, or timm's BatchNormAct2d."""
-    if relu is not None:
-        why = _why_called(norm, *_BATCH_NORMS.values())
-        if why is not None:
-            return f"norm {why}"
-        why = _why_called(relu, nn.ReLU)
-        return None if why is None else f"activation {why}"
-    if not _has_activation(norm) or not issubclass(type(norm), nn.BatchNorm2d):
-        return f"norm is {type(norm).__name__}"
-    for module, expected in ((norm, type(norm)), (norm.act, nn.ReLU), (norm.drop, nn.Identity)):
-        why = _why_called(module, expected)
-        if why is not None:
-            return f"norm or its {expected.__name__} {why}"
-    return None
-
-
-def _why_not_layer(layer: _Layer) -> str | None:
-    """Of its structure alone."""
-    if layer.other is not None:
-        return layer.other
-    if layer.drop_rate == 1:
-        return "drops out everything"
-    for module in (layer.whole, *layer.containers):
-        why = _why_called(module, type(module))
-        if why is not None:
-            return f"layer {why}"
-    for norm, relu in ((layer.norm1, layer.relu1), (layer.norm2, layer.relu2)):
-        why = _why_not_norm(norm, relu)
-        if why is not None:
-            return why
-    return None
-
-
-def _why_not_structure(module: nn.Module) -> str | None:
-    """Why a dense block cannot run fused, whatever its input."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is scripted"
-    library = _library_of(module)
-    if library is None:
-        return "is not a dense block of a known library"
-    try:
-        layers = _layers_of(library, module)
-    except AttributeError as error:
-        return f"has other parts: {error}"
-    first = layers[0]
-    for name, layer in zip(dict(module.named_children()), layers, strict=True):
-        why = _why_not_layer(layer)
-        if why is not None:
-            return f"{name}: {why}"
-        weight = getattr(layer.conv2, "weight", None)
-        if not isinstance(weight, nn.Parameter):
-            return f"{name}: conv2 has no weight of its own"
-        if weight.shape != first.conv2.weight.shape:
-            return f"{name}: other numbers of channels than the first layer"
-        if (layer.drop_rate, layer.drops_channels) != (first.drop_rate, first.drops_channels):
-            return f"{name}: other dropout or mode than the first layer"
-    return None
-
-
-def _why_not_block(block: nn.Module, x: Tensor) -> str | None:
-    """Why a dense block does not run fused on an input."""
-    why = _why_not_structure(block)
-    if why is not None:
-        return why
-    if not x.is_floating_point() or not 3 <= x.dim() <= 5:
-        return f"the input has {x.dtype} and {x.dim()} dimensions"
-    library = _library_of(block)
-    assert library is not None
-    for name, layer in zip(dict(block.named_children()), _layers_of(library, block), strict=True):
-        for conv, pointwise in ((layer.conv1, True), (layer.conv2, False)):
-            why = _why_not_convolution(conv, x, pointwise)
-            if why is not None:
-                return f"{name}: {why}"
-    return None
-
-
-def _is_transition(module: object) -> bool:
-    return any(library.has_transition(module) for library in _LIBRARIES)
-
-
-def _why_not_transition(transition: Any, x: Tensor) -> str | None:
-    """Why a transition does not run with the block before it."""
-    if not _is_transition(transition):
-        return f"is {type(transition).__name__}"
-    why = _why_called(transition, type(transition))
-    if why is not None:
-        return why
-    parts: dict[str, Any] = dict(transition.named_children())
-    if list(parts) not in (["norm", "relu", "conv", "pool"], ["norm", "conv", "pool"]):
-        return f"has parts {', '.join(parts)}"
-    return (
-        _why_not_halving(parts["pool"], x)
-        or _why_not_norm(parts["norm"], parts.get("relu"))
-        or _why_not_convolution(parts["conv"], x, pointwise=True)
-    )
-
-
-def _why_not_reader(reader: nn.Module, x: Tensor) -> str | None:
-    """Why a module does not run with the block before it."""
-    if _is_transition(reader):
-        return _why_not_transition(reader, x)
-    if _has_activation(reader):
-        return _why_not_norm(reader, None)
-    return _why_called(reader, *_BATCH_NORMS.values())
-
-
-def _is_traced(x: object) -> bool:
-    """Whether somebody records what the modules do, and so wants those of the library."""
-    return (
-        not isinstance(x, Tensor)
-        or isinstance(x, torch.fx.Proxy)
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch.compiler.is_compiling()
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# Converted modules
-
-
-class _Settings:
-    """What a converted block keeps besides the library's own attributes.
-
-    `copies`: the next module writes to the block's output, which autograd needs as it is.
-    """
-
-    def __init__(self, recompute: str, copies: bool) -> None:
-        self.recompute = recompute
-        self.copies = copies
-        self.plans = _Plans()
 
 
 class _Converted(nn.Module):
@@ -361,7 +53,8 @@ class _Converted(nn.Module):
         if "forward" in vars(cls):  # torch.fx writes types into code, where a string is none
             cls.forward.__annotations__.update(get_type_hints(cls.forward))
 
-    def as_it_was(self, x: Tensor) -> Tensor:
+    def run_plain(self, x: Tensor) -> Tensor:
+        """As the library wrote it."""
         y: Tensor = self.original.forward(self, x)
         return y
 
@@ -378,73 +71,78 @@ class _Converted(nn.Module):
         return self
 
 
-class _ConvertedBlock(_Converted):
+class _ConvertedSettings(Settings):
+    """Of a converted block, with the code and the numbers that were tried out.
+
+    Copies and pickles are tried out again when they first run: the code may be another there.
+    """
+
+    def __init__(self, recompute: str, name: str, block: nn.Module, trial: Trial) -> None:
+        super().__init__(recompute, name)
+        library = library_of(block)
+        assert library is not None
+        self.library, self.trial = library, trial
+        self.code = _codes(block)
+        self.numbers = list(map(numbers_of, block.children()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Untried, (self.recompute, self.name)
+
+
+class _Untried:
+    """Settings of a copy of a converted block that has not run yet."""
+
+    def __init__(self, recompute: str, name: str) -> None:
+        self.recompute, self.name = recompute, name
+
+
+def _codes(block: nn.Module) -> dict[type, Any]:
+    layers = {type(layer) for layer in block.children()}
+    return {kind: code_of(kind) for kind in {_original(block), *layers}}
+
+
+class _ConvertedBlock(_Converted, Block):
     """Runs as one operator where it can, else as the library's block."""
 
-    _efficient_densenet: _Settings
+    _efficient_densenet: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        if functional.is_wanted():
-            return self._traced(x)
-        plan = None if _is_traced(x) else self.plan(x)
-        if plan is None:
-            return self.as_it_was(x)
-        result = _in_plain_format(plan, x, plan.run(x))
-        return result.clone() if self._efficient_densenet.copies else result
+        if records(x):
+            _warn_of_recording()
+            return self.run_plain(x)
+        return run_block(self, x)
 
-    def _traced(self, x: Tensor) -> Tensor:
-        """For a compiler: one operator that it can look around."""
-        if _why_not_block(self, x) is not None:
-            return self.as_it_was(x)
-        tensors, drop_rate, drops_channels = self._tensors()
+    def settings(self) -> _ConvertedSettings:
         settings = self._efficient_densenet
-        result = functional.dense_block(x, tensors, drop_rate, settings.recompute, drops_channels)
-        return result.clone() if settings.copies else result
+        if isinstance(settings, _Untried):
+            trial = _try(self)
+            settings = _ConvertedSettings(settings.recompute, settings.name, self, trial)
+            self._efficient_densenet = settings
+        found: _ConvertedSettings = settings
+        return found
 
-    def _tensors(self) -> tuple[list[DenseLayer], float, bool]:
-        """Those of the layers, the rate of dropout, and whether it drops whole channels."""
-        library = _library_of(self)
-        assert library is not None
-        layers = _layers_of(library, self)
-        first = layers[0]
-        return [_layer_tensors(layer) for layer in layers], first.drop_rate, first.drops_channels
+    def layer_parts(self) -> dict[str, LayerParts]:
+        read = self.settings().library.read
+        return {name: read(layer) for name, layer in self._modules.items()}
 
-    def plan(
-        self, x: Tensor, reader: Any = None, averages: bool = False, entry: Any = None
-    ) -> Plan | None:
-        """As :meth:`DenseBlock.plan <efficient_densenet.DenseBlock.plan>`."""
-        roots = [module for module in (self, reader, entry) if module is not None]
-        use = reader is None, averages, entry is None
-        plans = self._efficient_densenet.plans
-        return plans.get(use, x, roots, lambda: self._new_plan(x, reader, averages, entry))
+    def why_not_itself(self) -> str | None:
+        settings = self.settings()
+        library = settings.library
+        if torch.compiler.is_compiling():
+            return settings.trial.why
+        if _codes(self) != settings.code:
+            return "its code is not the one that was tried out: convert the model again"
+        if library.module is None and list(map(numbers_of, self.children())) != settings.numbers:
+            return "an attribute of a layer was changed: convert the model again"
+        drops = any(library.read(layer).drop_rate > 0 for layer in self.children())
+        return settings.trial.why_with_dropout if drops else settings.trial.why
 
-    def _new_plan(self, x: Tensor, reader: Any, averages: bool, entry: Any) -> Plan | None:
-        if _why_not_block(self, x) is not None:
-            return None
-        if reader is not None:
-            # A hook of the block's is for what is between the two.
-            why = _why_not_reader(reader, x) or _why_called(self, type(self))
-            if why is not None:
-                return None
-        tensors, drop_rate, drops_channels = self._tensors()
-        if entry is not None and (drop_rate > 0 or _why_not_convolution(entry, x, pointwise=True)):
-            return None
-        norm, pool = reader, Pool.IMAGES if averages else Pool.NONE
-        if _is_transition(reader):
-            norm, pool = reader.norm, Pool.WINDOWS
-        return Plan(
-            x,
-            tensors,
-            drop_rate,
-            self._efficient_densenet.recompute,
-            None if norm is None else _batch_norm(norm),
-            pool,
-            drops_channels,
-            None if entry is None else entry.weight,
-        )
+    def instead(self) -> str:
+        what = super().instead()
+        return "library" if what == "plain modules" else what
 
 
-# The features whose next result is wanted averaged over each image, after a ReLU.
+# The features whose next result is asked for averaged over each image, after a ReLU.
 _averaged: ContextVar[nn.Module | None] = ContextVar("averaged", default=None)
 
 
@@ -456,90 +154,65 @@ class _ConvertedModel(_Converted):
     """
 
     features: Any
+    _efficient_densenet: Any  # a _TriedHead; None in copies
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_traced(x) or not self._averages():
-            return self.as_it_was(x)
+        if records(x) or not self._averages():
+            return self.run_plain(x)
         token = _averaged.set(self.features)
         try:
-            return self.as_it_was(x)
+            return self.run_plain(x)
         finally:
             _averaged.reset(token)
 
     def _averages(self) -> bool:
         """Whether it would, and nobody listens."""
-        library = _library_of_model(self.original)
+        if self._efficient_densenet is None:
+            self._efficient_densenet = _TriedHead(self)
+        head = self._efficient_densenet.averages
         return (
-            library is not None
-            and vars(self).keys().isdisjoint(library.head)
+            head is not None
             and isinstance(self.features, _ConvertedSequential)
-            and _why_called(self.features, type(self.features)) is None
-            and library.averages(self)
+            and why_called(self.features, type(self.features)) is None
+            and not head_has_hooks(self)
+            and (torch.compiler.is_compiling() or head == head_of(self))
         )
+
+
+class _TriedHead:
+    """The head of a model that was found to read averages alone; copies are tried out again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.averages: Head | None = head_of(model) if head_averages(model) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class _ConvertedSequential(_Converted):
     """Runs a block and who reads it as one, and so the stem's norm, ReLU and pool."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_traced(x):
-            return self.as_it_was(x)
-        averages = _averaged.get() is self
-        if averages:  # this once
-            _averaged.set(None)
-        modules: deque[Any] = deque(self.children())
-        plan_next = functools.partial(_plan, modules, averages)
-        while modules:
-            plan, module = plan_next(x), modules.popleft()
-            relus = [] if _has_activation(module) else list(modules)[:1]
-            if plan is not None:
-                x, conv = _run_blocks(plan, x, modules, plan_next)
-                x = x if conv is None else conv(x)
-            elif len(modules) > len(relus) and _is_norm_relu(module, relus, x):
-                for _ in relus:
-                    modules.popleft()
-                x = _stem_norm_relu(module, modules.popleft(), x)
-            else:
-                x = module(x)
-        return x
+        if records(x):
+            _warn_of_recording()
+            return self.run_plain(x)
+        ending = Ending.NOTHING
+        if _averaged.get() is self:
+            _averaged.set(None)  # this once
+            ending = Ending.AVERAGE
+        modules = list(self.children())
+        y, _ = run_sequence(modules, x, ending)
+        # Behind a model's features, an activation may work in place.
+        return y.clone() if modules and isinstance(modules[-1], Block) else y
 
 
-def _plan(
-    modules: Sequence[Any], averages: bool, x: Tensor, entry: nn.Module | None = None
-) -> Plan | None:
-    """How the first of the modules runs with the second: a block with its last reader."""
-    if len(modules) < 2 or not isinstance(modules[0], _ConvertedBlock):
-        return None
-    block, reader, is_last = modules[0], modules[1], len(modules) == 2
-    averages = averages and is_last
-    if not (averages or _is_transition(reader) or _has_activation(reader)):
-        return None
-    plan = block.plan(x, reader, averages, entry)
-    if plan is not None and _draws_in_order_of_memory(plan) and not is_last:
-        return None  # the format between the two matters for the next block
-    return plan
-
-
-def _has_activation(norm: object) -> bool:
-    """Norm and activation in one: timm's."""
-    return type(norm).__name__ == "BatchNormAct2d"
-
-
-def _is_norm_relu(norm: nn.Module, relus: list[nn.Module], x: Tensor) -> bool:
-    return x.is_floating_point() and _why_not_norm(norm, relus[0] if relus else None) is None
-
-
-def _draws_in_order_of_memory(plan: Plan) -> bool:
-    """As F.dropout does, so that the format of a block's input decides on its masks."""
-    return plan.drop_rate > 0 and not plan.drops_channels
-
-
-def _in_plain_format(plan: Plan, x: Tensor, result: Tensor) -> Tensor:
-    """The result in the format that the library's block gives it, where that matters."""
-    if not _draws_in_order_of_memory(plan):
-        return result
-    weights = [(layer.conv1, layer.conv2) for layer in plan.layers]
-    return _in_format(result, block_is_channels_last(x, weights, computed_dtype(x)))
+@functools.cache
+def _warn_of_recording() -> None:
+    warnings.warn(
+        "a converted model is being traced (torch.fx, torch.jit.trace or torch.export): what is "
+        "recorded are the library's own modules, which use more memory",
+        stacklevel=4,
+    )
 
 
 def _converted_class(original: Any, mixin: Any) -> Any:
@@ -557,6 +230,11 @@ def _new_converted(original: type[nn.Module], mixin: type[_Converted]) -> nn.Mod
     kind = _converted_class(original, mixin)
     module: nn.Module = kind.__new__(kind)
     return module
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was converted."""
+    return module.original if isinstance(module, _Converted) else type(module)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -577,6 +255,9 @@ def convert(
     changes nothing but ``recompute``. Each block is logged (logger ``efficient_densenet``, level
     INFO).
 
+    What a block computes decides, not its name: a copy with random weights runs as it is and
+    converted, and a block that gives something else is left alone.
+
     A block's output is channels-last and is itself kept for the backward pass; where the next
     module of a ``nn.Sequential`` works in place, that gets a copy. ``torch.compile`` sees a block
     as one operator. While a model is traced or exported, it runs as the library wrote it;
@@ -589,41 +270,111 @@ def convert(
         strict: a dense block that cannot run fused is an error.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: the model has no dense block of a known library; or, with ``strict``, one that
             cannot be converted. Nothing was changed.
     """
-    _check_choice("recompute", recompute, RECOMPUTE)
-    found = dict(_dense_blocks(model))
+    check_module("model", model)
+    check_choice("recompute", recompute, RECOMPUTE)
+    check_bool("inplace", inplace)
+    check_bool("strict", strict)
+    found = dict(find_blocks(model))
     if not found:
-        raise ValueError(
-            f"model: {type(model).__name__} has no dense block of torchvision, timm, MONAI, "
-            "torchxrayvision or efficient_densenet_pytorch"
-        )
-    whys = {name: _why_not_structure(block) for name, block in found.items()}
-    if strict and any(whys.values()):
-        refused = "; ".join(f"{name}: {why}" for name, why in whys.items() if why)
-        raise ValueError(f"model: cannot be converted wholly: {refused}")
+        raise ValueError(why_nothing_to_convert(model))
+    trials = {name: _try(block) for name, block in found.items()}
+    refused = [f"{name}: {trial.why}" for name, trial in trials.items() if trial.why]
+    if strict and refused:
+        raise ValueError(f"model: cannot be converted wholly: {'; '.join(refused)}")
     if not inplace:
         model = copy.deepcopy(model)
-        found = dict(_dense_blocks(model))
-    followed_by_writers = set(_before_writers(model))
+        found = dict(find_blocks(model))
     for name, block in found.items():
-        if whys[name] is not None:
-            _logger.info("%s: not converted: %s", name, whys[name])
+        if trials[name].why is not None:
+            _logger.info("%s: not converted: %s", name, trials[name].why)
             continue
-        _logger.info("%s: converted, %d layers", name, len(list(block.children())))
-        block.__class__ = _converted_class(_original(block), _ConvertedBlock)
-        vars(block)["_efficient_densenet"] = _Settings(recompute, block in followed_by_writers)
-    for module in reversed(list(model.modules())):  # features before the model that has them
-        if type(module) is nn.Sequential and _holds_blocks(module):
-            module.__class__ = _converted_class(nn.Sequential, _ConvertedSequential)
-        elif _library_of_model(type(module)) and _has_converted_features(module):
-            module.__class__ = _converted_class(type(module), _ConvertedModel)
+        _convert_block(block, recompute, name, trials[name])
+        slow = why_not_layers(_layers_of(block))
+        how = f", for now layer by layer: {slow}" if slow else ""
+        _logger.info("%s: converted, %d layers%s", name, len(list(block.children())), how)
+    _convert_around(model)
     return model
+
+
+def _convert_block(block: Any, recompute: str, name: str, trial: Trial) -> None:
+    block.__class__ = _converted_class(_original(block), _ConvertedBlock)
+    vars(block)["_efficient_densenet"] = _ConvertedSettings(recompute, name, block, trial)
+
+
+def _convert_around(model: nn.Module) -> None:
+    """Converts what holds blocks: features before the model that has them."""
+    for module in reversed(list(model.modules())):
+        if type(module) is nn.Sequential and any(
+            isinstance(child, _ConvertedBlock) for child in module.children()
+        ):
+            module.__class__ = _converted_class(nn.Sequential, _ConvertedSequential)
+        elif _is_library_model(module) and isinstance(module.features, _ConvertedSequential):
+            head = _TriedHead(module)
+            if head.averages is not None:
+                module.__class__ = _converted_class(_original(module), _ConvertedModel)
+                vars(module)["_efficient_densenet"] = head
+
+
+def _is_library_model(module: Any) -> bool:
+    known = {library.module for library in libraries.LIBRARIES if library.module is not None}
+    is_known = any(
+        kind.__module__ in known and kind.__name__ == "DenseNet" for kind in type(module).__mro__
+    )
+    return is_known and isinstance(getattr(module, "features", None), nn.Module)
+
+
+def _layers_of(block: nn.Module) -> Mapping[str, LayerParts]:
+    library = library_of(block)
+    assert library is not None
+    return {name: library.read(layer) for name, layer in block.named_children()}
+
+
+def _try(block: Any) -> Trial:
+    """What a block computes, tried out; and before, whether its modules are ones that we know."""
+    if isinstance(block, torch.jit.ScriptModule):
+        return Trial("is scripted", None)
+    if isinstance(getattr(block, "_efficient_densenet", None), _ConvertedSettings):
+        trial: Trial = block._efficient_densenet.trial
+        return trial
+    library = library_of(block)
+    if library is None:
+        return Trial("is not a dense block of a known library", None)
+    try:
+        why = why_not_layers(_layers_of(block), may_synchronise=True)
+    except AttributeError as error:
+        why = f"has other parts: {error}"
+    if why is None and "forward" in vars(block):
+        why = "has a forward of its own"
+    if why is not None:
+        return Trial(why, why)
+    passed = Trial(None, None)
+    trial = try_block(block, library, lambda b: _convert_block(b, "bottleneck", "", passed))
+    drops = any(library.read(layer).drop_rate > 0 for layer in block.children())
+    return trial._replace(why=trial.why or (trial.why_with_dropout if drops else None))
+
+
+def why_not_converted(block: nn.Module) -> str | None:
+    """Why :func:`convert` would leave a dense block alone; None where it would not."""
+    return _try(block).why
+
+
+def why_nothing_to_convert(model: nn.Module) -> str:
+    """Of a model in which :func:`convert` finds nothing."""
+    kind = type(model).__name__
+    if any(isinstance(module, DenseBlock) for module in model.modules()):
+        return f"model: {kind} has blocks of this package, which need no conversion"
+    if isinstance(model, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+        return f"model: {kind} was traced or scripted: convert the model before that"
+    return f"model: {kind} has no dense block of {libraries.NAMES}"
 
 
 def revert(model: nn.Module) -> nn.Module:
     """Undoes :func:`convert`, in place; returns the model. Does nothing to other models."""
+    check_module("model", model)
     for module in list(model.modules()):
         if isinstance(module, _Converted):
             _revert_one(module)
@@ -633,27 +384,3 @@ def revert(model: nn.Module) -> nn.Module:
 def _revert_one(module: Any) -> None:
     module.__class__ = module.original
     vars(module).pop("_efficient_densenet", None)
-
-
-def _dense_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if _library_of(module) is not None:
-            yield name or type(module).__name__, module
-
-
-def _before_writers(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules in front of one that works in place, in anything sequential."""
-    for parent in model.modules():
-        if isinstance(parent, nn.Sequential):
-            children = list(parent.children())
-            for module, following in itertools.pairwise(children):
-                if getattr(following, "inplace", False):
-                    yield module
-
-
-def _has_converted_features(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "features", None), _ConvertedSequential)
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    return any(isinstance(child, _ConvertedBlock) for child in module.children())

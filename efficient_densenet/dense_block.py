@@ -5,37 +5,38 @@ concatenated. The statistics of a channel are taken once, and gradients are adde
 buffer of the same shape. What a layer normalises is scratch, recomputed in the backward pass
 (arXiv:1707.06990; docs/design.md, "The dense block").
 
-The operators ``torch.ops.efficient_densenet.dense_block*`` (csrc/dense_block.cpp) do the work; this
-module adds autograd, autocast and the packing of weights.
+:func:`_forward` and :func:`_backward` are the only formulas. Two doors lead to them: an autograd
+function for eager mode, and the operators ``torch.ops.efficient_densenet.dense_block`` and
+``dense_block_backward`` for whoever traces. Both run the loops of csrc/dense_block.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import _extension  # noqa: F401  registers the operators
-from ._arguments import check_block_arguments, check_more_than_one_value
-from ._once import check_transforms, differentiable_once
-from ._out_of_memory import out_of_memory_as_torch_raises_it
-from .batch_norm import BatchNorm, RunningStatistics
-from .bn_relu_conv1x1 import (
-    Conv1x1,
-    choose_conv1x1,
-    products_are_as_convolutions,
-    why_not_tensor_cores,
+from .arguments import check_block_arguments, check_more_than_one_value
+from .batch_norm import BatchNorm
+from .block_spec import BlockSpec, Pool, count_rows
+from .differentiation import (
+    check_transforms,
+    refuse_second_derivatives,
+    second_derivative_error,
 )
-from .bn_relu_conv3x3 import why_not_conv3x3
-from .layout import dense_strides, is_channels_last, plain_formats
+from .dropout import dropout_mask
+from .layout import dense_strides, with_strides
+from .out_of_memory import out_of_memory_as_torch_raises_it
+from .precision import settings as precision_settings
 
 _ops = torch.ops.efficient_densenet
+_RECOMPUTE_KEEPS_BOTTLENECKS = {"bottleneck": True, "features": False}
 
 
 class DenseLayer(NamedTuple):
@@ -54,6 +55,26 @@ class DenseLayer(NamedTuple):
     conv2: Tensor
 
 
+class BlockTensors(NamedTuple):
+    """What a block's norms and convolutions hold, read anew for every call.
+
+    Lists of norms are in the order of :class:`BlockSpec`, those of convolutions in that of layers.
+    """
+
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+    running_means: list[Tensor | None]
+    running_vars: list[Tensor | None]
+    batch_counts: list[Tensor | None]
+    conv1: list[Tensor]
+    conv2: list[Tensor]
+    projection: Tensor | None = None
+
+    def differentiable(self) -> list[Tensor | None]:
+        """In the order in which gradients come back."""
+        return [self.projection, *self.weights, *self.biases, *self.conv1, *self.conv2]
+
+
 def dense_block(
     x: Tensor,
     layers: Sequence[DenseLayer],
@@ -70,7 +91,7 @@ def dense_block(
             x = torch.cat([x, F.dropout(y, drop_rate)], 1)
 
     The result is channels-last and **is itself kept for the backward pass**: writing to it in place
-    raises autograd's error there. Running statistics are updated once per call, after everything
+    raises an error there. Running statistics are updated once per call, after everything
     else has succeeded. Once differentiable.
 
     Args:
@@ -93,344 +114,267 @@ def dense_block(
         TypeError, ValueError: an argument is wrong; nothing was changed.
         torch.OutOfMemoryError: running statistics are as before.
     """
-    result: Tensor = Plan(x, layers, drop_rate, recompute).run(x)
-    return result
+    if has_torch_function_unary(x):  # type: ignore[no-untyped-call]
+        result: Tensor = handle_torch_function(
+            dense_block, (x,), x, layers, drop_rate, recompute
+        )
+        return result
+    return run(*describe(x, layers, drop_rate, recompute), x)
 
 
-def statistics_begins(layers: Sequence[DenseLayer]) -> list[int]:
-    """Where the statistics of each norm begin: norm1 reads those of the features, norm2 of z."""
-    growth, bottleneck = layers[0].conv2.shape[:2]
-    channels = layers[-1].conv1.size(1) + growth
-    return [0] * len(layers) + [channels + i * bottleneck for i in range(len(layers))]
-
-
-class Pool(enum.IntEnum):
-    """What the last reader averages; numbered as in csrc/dense_block.cpp."""
-
-    NONE = 0
-    WINDOWS = 1  # of 2, with stride 2, in every spatial dimension
-    IMAGES = 2  # all pixels of an image
-
-    def sizes(self, spatial: Sequence[int]) -> list[int]:
-        """Spatial sizes of the result."""
-        if self == Pool.IMAGES:
-            return [1] * len(spatial)
-        return [size // 2 if self == Pool.WINDOWS else size for size in spatial]
-
-
-class Plan:
-    """A dense block, and its last reader where one is given, ready to run on inputs like ``x``.
-
-    Arguments are those of :func:`dense_block`, checked here once, and:
+def describe(
+    x: Tensor,
+    layers: Sequence[DenseLayer],
+    drop_rate: float = 0.0,
+    recompute: str = "bottleneck",
+    reader: BatchNorm | None = None,
+    pool: int = Pool.NONE,
+    drops_channels: bool = False,
+    projection: Tensor | None = None,
+) -> tuple[BlockSpec, BlockTensors]:
+    """A block and its tensors, for :func:`run`. Arguments are checked as in :func:`dense_block`.
 
     Args:
         reader: the result is ``relu(batch_norm(features, reader))``, and the features are kept
             inside. The reader shares the statistics and the gradient buffer of the block. The
             result is channels-last.
-        pool: average the result.
+        pool: average the reader's result.
         drops_channels: dropout zeroes whole channels of an image, with the masks of
             ``nn.Dropout2d`` and ``nn.Dropout3d`` for the same seed.
-        entry: weight ``[C_0, P, 1, ...]`` of a 1x1 convolution without a bias. The block's input is
-            then what it makes of ``x``, ``[N, P, *spatial]``, and is written nowhere but to the
-            features. Not with dropout.
+        projection: weight ``[C_0, P, 1, ...]`` of a 1x1 convolution without a bias. The block's
+            input is then what it makes of ``x``, ``[N, P, *spatial]``, and is written nowhere but
+            to the features. Not with dropout.
     """
+    dtype = check_block_arguments(x, layers, drop_rate, recompute, reader, projection)
+    norms = [*(layer.norm1 for layer in layers), *(layer.norm2 for layer in layers)]
+    norms += [] if reader is None else [reader]
+    conv1, conv2 = [layer.conv1 for layer in layers], [layer.conv2 for layer in layers]
+    spec = BlockSpec(
+        dtype,
+        [(weight.size(0), weight.size(1)) for weight in conv1],
+        tuple(conv2[0].shape),
+        [norm.training for norm in norms],
+        [float(norm.eps) for norm in norms],
+        [norm.momentum for norm in norms],
+        float(drop_rate),
+        drops_channels,
+        _RECOMPUTE_KEEPS_BOTTLENECKS[recompute],
+        reader is not None,
+        pool,
+        0 if projection is None else projection.size(1),
+    )
+    tensors = BlockTensors(
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        [norm.running_mean for norm in norms],
+        [norm.running_var for norm in norms],
+        [norm.num_batches_tracked for norm in norms],
+        conv1,
+        conv2,
+        projection,
+    )
+    return spec, tensors
 
-    def __init__(
-        self,
-        x: Tensor,
-        layers: Sequence[DenseLayer],
-        drop_rate: float = 0.0,
-        recompute: str = "bottleneck",
-        reader: BatchNorm | None = None,
-        pool: Pool = Pool.NONE,
-        drops_channels: bool = False,
-        entry: Tensor | None = None,
-    ) -> None:
-        self.dtype = check_block_arguments(x, layers, drop_rate, recompute, reader, entry)
-        self.layers = tuple(layers)
-        self.drop_rate = float(drop_rate)
-        self.drops_channels = drops_channels
-        self.keeps_bottlenecks = recompute == "bottleneck"
-        self.reads = reader is not None
-        self.pool = pool
-        self.entry = entry
-        # In the order of csrc/dense_block.cpp.
-        self.norms = [*(la.norm1 for la in layers), *(la.norm2 for la in layers)]
-        self.norms += [] if reader is None else [reader]
-        self.growth, self.bottleneck = layers[0].conv2.shape[:2]
-        in_channels = [layer.conv1.size(1) for layer in layers]
-        self.in_channels, self.channels = in_channels[0], in_channels[-1] + self.growth
-        self.norm_channels = [*in_channels, *[self.bottleneck] * len(layers)]
-        self.norm_channels += [self.channels] * self.reads
-        self.frozen_norms = [i for i, norm in enumerate(self.norms) if not norm.training]
-        self.trains_norms = len(self.frozen_norms) < len(self.norms)
-        self.eps = [float(norm.eps) for norm in self.norms]
-        self.weights = [norm.weight for norm in self.norms]
-        self.biases = [norm.bias for norm in self.norms]
-        self.conv1 = [layer.conv1 for layer in layers]
-        self.conv2 = [layer.conv2 for layer in layers]
-        # Everything but x and entry that a gradient can be wanted for.
-        self.parameters = [*self.weights, *self.biases, *self.conv1, *self.conv2]
-        begins = [*statistics_begins(layers), *[0] * self.reads]
-        self.running_statistics = RunningStatistics(
-            [(begin, n) for begin, n in zip(begins, self.norms, strict=True) if n.training]
+
+def run(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str = "") -> Tensor:
+    """Runs a block on its input.
+
+    Args:
+        name: of the module, for messages.
+    """
+    if spec.training_norms:
+        check_more_than_one_value(x, spec.in_channels)
+    inputs = [x, *tensors.differentiable()]
+    check_transforms("dense_block", *inputs)
+    mask = None
+    if spec.drop_rate > 0:
+        draw = _ops.dropout_mask if torch.compiler.is_compiling() else dropout_mask
+        mask = draw(
+            x, tensors.conv1, tensors.conv2, spec.dtype, spec.drop_rate, spec.drops_channels
         )
-
-    @torch.compiler.disable  # memory shared between layers is not for a compiler to trace
-    def run(self, x: Tensor) -> Tensor:
-        if self.trains_norms:
-            check_more_than_one_value(x, self.in_channels)
-        inputs = (x, self.entry, *self.parameters)
-        keeps = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in inputs
-        )
-        check_transforms("dense_block", *inputs)
-        if keeps:
-            result: Tensor = _DenseBlock.apply(self, *inputs)
-        else:
-            with torch.no_grad():
-                result = _forward(self, x, keeps=False).result
-        if self.entry is not None:
-            return result
-        # As torch.cat of a float32 input and 16-bit features under autocast.
-        return result.to(torch.promote_types(x.dtype, self.dtype))
-
-    def conv1x1(self, device: torch.device) -> Conv1x1:
-        return choose_conv1x1(device, self.dtype, self.channels, self.bottleneck)
-
-    def why_not_conv3x3(self, features: Tensor) -> str | None:
-        """Why the second convolutions of such features run as operators of torch."""
-        kernel = self.conv2[0].shape[2:]
-        return why_not_conv3x3(features, kernel, self.growth, self.bottleneck, self.drop_rate > 0)
-
-    def kernel_path(self, x: Tensor) -> str:
-        """See :meth:`efficient_densenet.DenseBlock.kernel_path`."""
-        path = self.conv1x1(x.device)
-        if path == Conv1x1.TENSOR_CORES:
-            sizes = x.size(0), self.channels, *x.shape[2:]
-            why = self.why_not_conv3x3(x.new_empty(1, dtype=self.dtype).expand(sizes))
-            return "tensor cores" if why is None else f"tensor cores but for conv2: {why}"
-        name = "matrix products" if path == Conv1x1.PRODUCT else "convolutions"
-        why = why_not_tensor_cores(x.device, self.dtype, self.channels, self.bottleneck)
-        return f"{name}: {why}"
-
-    def kept_bytes(self, rows: int) -> tuple[int, int]:
-        """Kept for the backward pass with so many pixels of all images: here, and by plain modules.
-
-        The result counts in both. Plain modules keep what each norm and each convolution reads.
-        """
-        layers, size = len(self.layers), self.dtype.itemsize
-        read = sum(self.norm_channels[:layers]) + layers * self.bottleneck
-        bottlenecks = layers * self.bottleneck if self.keeps_bottlenecks else 0
-        statistics = 2 * 8 * (self.channels + layers * self.bottleneck)
-        kept = rows * size * (self.channels + bottlenecks) + statistics
-        return kept, rows * size * (2 * read + self.channels)
-
-    def count_batch(self) -> None:
-        """What an empty batch changes."""
-        for norm in self.norms:
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-
-
-class _Kept(NamedTuple):
-    """What the backward pass needs besides the convolutions' weights."""
-
-    features: Tensor
-    bottlenecks: Tensor | None
-    statistics: Tensor
-    affine: Tensor
-    frozen: Tensor | None
-    dropout_mask: Tensor | None
-
-
-class _Forward(NamedTuple):
-    result: Tensor
-    kept: _Kept | None
-    convolved: Tensor | None  # what the entry read
-
-
-def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
-    sizes = x.size(0), plan.channels, *x.shape[2:]
-    features = _new_features(plan, sizes, x)
-    result = features
-    if plan.reads:
-        result = _new_channels_last((*sizes[:2], *plan.pool.sizes(sizes[2:])), features)
-    convolved = _write_input(plan, x, features.narrow(1, 0, plan.in_channels))
-    rows = x.numel() // x.size(1)
-    if rows == 0:
-        plan.count_batch()
-        return _Forward(result, None, convolved)
-    layers = len(plan.layers)
-    # Nobody takes those that only frozen norms would read.
-    new = x.new_zeros if plan.frozen_norms else x.new_empty
-    statistics = new((2, plan.channels + layers * plan.bottleneck), dtype=torch.float64)
-    bottlenecks = None
-    if keeps and plan.keeps_bottlenecks:
-        bottlenecks = features.new_empty((layers, rows, plan.bottleneck))
-    mask = _dropout_mask(plan, x) if plan.drop_rate > 0 else None
-    kept = _Kept(features, bottlenecks, statistics, *_pack_norms(plan, x), mask)
-    with out_of_memory_as_torch_raises_it(x.device):
-        _ops.dense_block(
-            features, bottlenecks, statistics, _pack_conv1(plan.conv1, plan.dtype),
-            _pack_conv2(plan.conv2, plan.dtype), *_settings(plan, kept),
-            not keeps, result if plan.reads else None, plan.pool,
-        )  # fmt: skip
-    # Last, so that an error leaves them as they were.
-    plan.running_statistics.update(statistics[0], statistics[1], rows)
-    return _Forward(result, kept, convolved)
-
-
-def _settings(plan: Plan, kept: _Kept) -> tuple[Any, ...]:
-    """What both operators take alike, in their order."""
-    scale, conv1x1 = 1 / (1 - plan.drop_rate), plan.conv1x1(kept.features.device)
-    return (
-        kept.affine, kept.frozen, plan.frozen_norms, plan.eps, kept.dropout_mask, scale, conv1x1,
-        plan.why_not_conv3x3(kept.features) is None,
-    )  # fmt: skip
-
-
-class _DenseBlock(torch.autograd.Function):
-    """Saves the features, per-channel numbers and, if asked to, bottlenecks; and the weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, x: Tensor, entry: Tensor | None, *parameters: Tensor | None
-    ) -> Tensor:
-        result, kept, convolved = _forward(plan, x, keeps=True)
-        ctx.plan = plan
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.set_materialize_grads(False)
-        if kept is not None:
-            entered = (convolved, entry) if any(ctx.needs_input_grad[1:3]) else (None, None)
-            ctx.save_for_backward(*entered, *kept, *plan.conv1, *plan.conv2)
-        return result
-
-    @staticmethod
-    @differentiable_once("dense_block")
-    def backward(ctx: Any, grad_result: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_result is None:
-            return (None,) * len(ctx.needs_input_grad)
-        plan, needed, saved = ctx.plan, ctx.needs_input_grad[1:], ctx.saved_tensors
-        if not saved:  # an empty batch
-            x = grad_result.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
-            parameters = (plan.entry, *plan.parameters)
-            zeros = [x, *(None if p is None else torch.zeros_like(p) for p in parameters)]
-            return None, *(g if needs else None for g, needs in zip(zeros, needed, strict=True))
-        (convolved, entry, *saved), (needs_x, needs_entry, *needs) = saved, needed
-        kind = grad_result.device.type
-        # The forward pass has done its casts.
-        autocast = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            grad_x, *gradients = _backward(
-                plan, saved, grad_result, [needs_x or needs_entry, *needs]
-            )
-            grad_entry = None
-            if grad_x is not None and convolved is not None:
-                wanted = [needs_x, needs_entry]
-                grad_x, grad_entry = _backward_entry(grad_x, convolved, entry, wanted)
-        return None, None if grad_x is None else grad_x.to(ctx.x_dtype), grad_entry, *gradients
-
-
-def _backward(
-    plan: Plan, saved: Sequence[Any], grad_result: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of the block's input and of the plan's parameters."""
-    layers = len(plan.layers)
-    kept = _Kept(*saved[: -2 * layers])
-    # Packed again, so that only one block's copies exist at a time.
-    conv1 = _pack_conv1(saved[-2 * layers : -layers], plan.dtype)
-    conv2 = _pack_conv2(saved[-layers:], plan.dtype)
-    needs_conv1, needs_conv2 = list(needed[-2 * layers : -layers]), list(needed[-layers:])
-    features = kept.features
-    # At least float32: docs/design.md, "The dense block".
-    wide = torch.promote_types(features.dtype, torch.float32)
-    grad_features = _new_channels_last(features.shape, features, wide)
-    grad_y = None
-    if plan.reads:
-        grad_y = _in_channels_last(grad_result, features.dtype)
+    if torch.compiler.is_compiling():
+        result, _, _, statistics, *_ = _ops.dense_block(*_operands(spec, tensors, x, mask))
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        call = _Call(spec, tensors, mask, name)
+        result, statistics, _ = _DenseBlock.apply(call, *inputs)
     else:
-        grad_features.copy_(grad_result)
-    grad_x = None
-    if needed[0]:
-        sizes = features.size(0), plan.in_channels, *features.shape[2:]
-        grad_x = _new_channels_last(sizes, features)
-    grad_affine = torch.empty_like(kept.affine)
-    # Of 16-bit products, sums over chunks of rows.
-    grad_conv1 = torch.empty_like(conv1, dtype=wide) if any(needs_conv1) else None
-    wanted = sum(needs_conv2)
-    grad_conv2 = torch.empty_like(conv2[:wanted]) if wanted else None
-    with out_of_memory_as_torch_raises_it(features.device):
-        _ops.dense_block_backward(
-            grad_y, grad_features, grad_x, features, kept.bottlenecks, kept.statistics,
-            conv1, conv2, *_settings(plan, kept), plan.pool,
-            grad_affine, grad_conv1, needs_conv1, grad_conv2, needs_conv2,
-        )  # fmt: skip
-    gradients = _unpack_gradients(plan, grad_affine, grad_conv1, grad_conv2, needs_conv2)
-    gradients.insert(0, grad_x)
-    return [gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)]
+        with torch.no_grad():
+            result, saved = _forward(spec, tensors, x, mask, keeps=False)
+            statistics = saved.statistics
+    # Last, so that an error leaves them as they were.
+    _update_running_statistics(spec, tensors, statistics, count_rows(x.shape))
+    if spec.projected_channels:
+        return result
+    # As torch.cat of a float32 input and 16-bit features under autocast.
+    return result.to(torch.promote_types(x.dtype, spec.dtype))
+
+
+def _update_running_statistics(
+    spec: BlockSpec, tensors: BlockTensors, statistics: Tensor, rows: int
+) -> None:
+    lists = [], [], []  # type: tuple[list[Tensor], list[Tensor], list[Tensor]]
+    begins, momenta, cumulative = [], [], []
+    empty = statistics.new_empty(0)
+    for i in spec.training_norms:
+        found = tensors.running_means[i], tensors.running_vars[i], tensors.batch_counts[i]
+        if found == (None, None, None):
+            continue
+        for tensor, to in zip(found, lists, strict=True):
+            to.append(empty if tensor is None else tensor)
+        momentum = spec.momentum[i]
+        begins.append(spec.statistics_begins[i])
+        momenta.append(0.0 if momentum is None else momentum)
+        cumulative.append(momentum is None)
+    if begins:
+        mean, var = statistics.detach().unbind(0)
+        _ops.update_running_statistics(mean, var, rows, begins, *lists, momenta, cumulative)
 
 
 # ------------------------------------------------------------------------------------------------
-# The block's input
+# The formulas
 
 
-def _write_input(plan: Plan, x: Tensor, to: Tensor) -> Tensor | None:
-    """The first features of the block; what the entry has convolved, where there is one."""
-    if plan.entry is None:
-        to.copy_(x)
-        return None
-    convolved = _in_channels_last(x, plan.dtype)
-    weight = plan.entry.to(plan.dtype)
-    if products_are_as_convolutions(x.device, plan.dtype):
-        torch.mm(_rows(convolved), weight.flatten(1).t(), out=_rows(to))
-    else:
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-        to.copy_(convolve(convolved, weight))
-    return convolved
+class _Saved(NamedTuple):
+    """What the backward pass needs besides inputs and result."""
+
+    features: Tensor | None  # None: they are the result
+    bottlenecks: Tensor | None  # [L, M, B]
+    statistics: Tensor  # [2, C + L B], float64
+    affine: Tensor | None  # weights and biases of all norms, [2, .], at least float32
+    frozen: Tensor | None  # mean and var of the norms without batch statistics, [2, .], float64
 
 
-def _backward_entry(
-    grad: Tensor, convolved: Tensor, entry: Tensor, needed: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what the entry convolved and of its weight, from that of its result."""
-    weight, grad_x, grad_entry = entry.to(grad.dtype), None, None
-    if products_are_as_convolutions(grad.device, grad.dtype):
-        rows, needs_x, needs_entry = _rows(grad), *needed
-        if needs_x:
-            sizes = convolved.movedim(1, -1).shape
-            grad_x = torch.mm(rows, weight.flatten(1)).view(sizes).movedim(-1, 1)
-        if needs_entry:
-            grad_entry = torch.mm(rows.t(), _rows(convolved)).view_as(entry)
-    else:
-        ones, zeros = [1] * (grad.dim() - 2), [0] * (grad.dim() - 2)
-        grad_x, grad_entry, _ = torch.ops.aten.convolution_backward(
-            grad, convolved, weight, None, ones, zeros, ones, False, zeros, 1, [*needed, False]
-        )
-    return grad_x, None if grad_entry is None else grad_entry.to(entry.dtype)
+def _forward(
+    spec: BlockSpec, tensors: BlockTensors, x: Tensor, mask: Tensor | None, keeps: bool
+) -> tuple[Tensor, _Saved]:
+    features = _new_features(spec, x)
+    result = features
+    if spec.has_reader:
+        result = _new_channels_last(spec.result_sizes(x.shape), features)
+    # Nobody takes those that only frozen norms would read.
+    new = x.new_zeros if spec.frozen_norms else x.new_empty
+    statistics = new((2, spec.num_statistics), dtype=torch.float64)
+    kept_features = features if spec.has_reader else None
+    rows = count_rows(x.shape)
+    if rows == 0:
+        return result, _Saved(kept_features, None, statistics, None, None)
+    bottlenecks = None
+    if keeps and spec.keeps_bottlenecks:
+        bottlenecks = features.new_empty((spec.num_layers, rows, spec.bottleneck))
+    affine, frozen = _pack_norms(spec, tensors, x)
+    saved = _Saved(kept_features, bottlenecks, statistics, affine, frozen)
+    with out_of_memory_as_torch_raises_it(x.device):
+        _ops.dense_block_layers(
+            *_input(spec, x, tensors.projection), features, bottlenecks, statistics,
+            _pack_conv1(tensors.conv1, spec.dtype), _pack_conv2(tensors.conv2, spec.dtype),
+            affine, frozen, *_settings(spec, x, mask), not keeps,
+            result if spec.has_reader else None,
+        )  # fmt: skip
+    return result, saved
 
 
-def _rows(images: Tensor) -> Tensor:
-    """Channels-last images as a matrix of pixels and channels, without a copy."""
-    return images.movedim(1, -1).view(-1, images.size(1))
+class _Gradients(NamedTuple):
+    """Those of the packed operands."""
+
+    x: Tensor | None
+    projection: Tensor | None  # [C_0, P]
+    affine: Tensor  # as it is saved
+    conv1: Tensor | None  # [B, C_l] of all layers, one after the other; at least float32
+    conv2: Tensor | None  # [layers that need it, k, *kernel, B]
+
+
+class _Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    projection: bool
+    norms: list[bool]  # weights, then biases
+    conv1: list[bool]
+    conv2: list[bool]
+
+
+def _backward(
+    spec: BlockSpec,
+    saved: _Saved,
+    x: Tensor | None,
+    projection: Tensor | None,
+    conv1: Sequence[Tensor],
+    conv2: Sequence[Tensor],
+    mask: Tensor | None,
+    grad_result: Tensor,
+    needs: _Needs,
+) -> _Gradients:
+    """Of what crossed autograd, only values, shapes and dtypes are relied on: hooks may have
+    changed the memory format.
+    """
+    assert saved.features is not None and saved.affine is not None
+    features = _in_channels_last(saved.features, spec.dtype)
+    n, _, *spatial = features.shape
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    # At least float32: docs/design.md, "The dense block".
+    grad_features = _new_channels_last(features.shape, features, wide)
+    if spec.has_reader:
+        grad_result = _in_channels_last(grad_result, spec.dtype)
+    grad_x = grad_projection = None
+    if needs.x:
+        channels = spec.projected_channels or spec.in_channels
+        grad_x = _new_channels_last((n, channels, *spatial), features)
+    if needs.projection:
+        grad_projection = features.new_empty((spec.in_channels, spec.projected_channels))
+    packed1, packed2 = _pack_conv1(conv1, spec.dtype), _pack_conv2(conv2, spec.dtype)
+    affine = saved.affine.contiguous()
+    grad_affine = torch.empty_like(affine)
+    # Sums over chunks of rows, of 16-bit products.
+    grad_conv1 = torch.empty_like(packed1, dtype=wide) if any(needs.conv1) else None
+    count = sum(needs.conv2)
+    grad_conv2 = torch.empty_like(packed2[:count]) if count else None
+    read = features if x is None else x  # without a projection nobody reads the input again
+    with out_of_memory_as_torch_raises_it(features.device):
+        _ops.dense_block_layers_backward(
+            grad_result, *_input(spec, read, projection), features,
+            _contiguous(saved.bottlenecks), saved.statistics.contiguous(), packed1, packed2,
+            affine, _contiguous(saved.frozen), *_settings(spec, features, mask), spec.has_reader,
+            grad_features, grad_x, grad_projection, grad_affine, grad_conv1, needs.conv1,
+            grad_conv2, needs.conv2,
+        )  # fmt: skip
+    return _Gradients(grad_x, grad_projection, grad_affine, grad_conv1, grad_conv2)
+
+
+def _input(
+    spec: BlockSpec, x: Tensor, projection: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x and the weight of its convolution, as csrc/dense_block reads them."""
+    if projection is None:
+        return x, None
+    return _in_channels_last(x, spec.dtype), projection.to(spec.dtype).contiguous()
+
+
+def _settings(spec: BlockSpec, x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    """What both operators of csrc/dense_block take alike, in their order."""
+    scale = 1 / (1 - spec.drop_rate)
+    precision = precision_settings(x.device, spec.dtype)
+    return (spec.frozen_norms, spec.eps, _contiguous(mask), scale, spec.pool, *precision)
 
 
 # ------------------------------------------------------------------------------------------------
 # Packing
 
 
-def _pack_norms(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``affine`` and ``frozen`` of csrc/dense_block.cpp."""
-    wide = torch.promote_types(plan.dtype, torch.float32)
+def _pack_norms(spec: BlockSpec, tensors: BlockTensors, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``affine`` and ``frozen`` of csrc/dense_block."""
+    wide = torch.promote_types(spec.dtype, torch.float32)
     affine = [
         x.new_full((channels,), default, dtype=wide) if tensor is None else tensor
-        for tensors, default in ((plan.weights, 1), (plan.biases, 0))
-        for tensor, channels in zip(tensors, plan.norm_channels, strict=True)
+        for parameters, default in ((tensors.weights, 1), (tensors.biases, 0))
+        for tensor, channels in zip(parameters, spec.norm_channels, strict=True)
     ]
     frozen = None
-    if plan.frozen_norms:
-        used = [plan.norms[i] for i in plan.frozen_norms]
-        running = [*(norm.running_mean for norm in used), *(norm.running_var for norm in used)]
+    if spec.frozen_norms:
+        running = [
+            statistics[i]
+            for statistics in (tensors.running_means, tensors.running_vars)
+            for i in spec.frozen_norms
+        ]
         frozen = torch.cat([t for t in running if t is not None]).to(torch.float64).view(2, -1)
     return torch.cat(affine).to(wide).view(2, -1), frozen
 
@@ -447,35 +391,395 @@ def _pack_conv2(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return inner.view(len(weights), -1, *inner.shape[1:])
 
 
-def _unpack_gradients(
-    plan: Plan,
-    grad_affine: Tensor,
-    grad_conv1: Tensor | None,
-    grad_conv2: Tensor | None,
-    needs_conv2: Sequence[bool],
+class _Parameters(NamedTuple):
+    """Dtypes, shapes and strides that the gradients of the parameters have."""
+
+    norm_dtype: torch.dtype | None
+    conv1: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]
+    conv2: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]
+
+
+def _facts(tensors: BlockTensors) -> _Parameters:
+    dtypes = (p.dtype for p in (*tensors.weights, *tensors.biases) if p is not None)
+    conv1, conv2 = (
+        [(weight.dtype, weight.shape, weight.stride()) for weight in weights]
+        for weights in (tensors.conv1, tensors.conv2)
+    )
+    return _Parameters(next(dtypes, None), conv1, conv2)
+
+
+def _unpack(
+    spec: BlockSpec, parameters: _Parameters, gradients: _Gradients, needs: _Needs
 ) -> list[Tensor | None]:
-    """The gradients of the parameters, each with the dtype and memory format of its own."""
-    dtype = next((p.dtype for p in (*plan.weights, *plan.biases) if p is not None), None)
-    rows = grad_affine if dtype is None else grad_affine.to(dtype)
-    gradients: list[Tensor | None] = []
-    for row in rows.unbind(0):
-        gradients += torch.split(row, plan.norm_channels)
-    if grad_conv1 is None:
-        gradients += [None] * len(plan.conv1)
+    """The gradients of ``tensors.differentiable()`` but the first."""
+    affine = gradients.affine
+    if parameters.norm_dtype is not None:
+        affine = affine.to(parameters.norm_dtype)
+    unpacked: list[Tensor | None] = []
+    for row in affine.unbind(0):
+        unpacked += torch.split(row, spec.norm_channels)
+    unpacked = [g if needed else None for g, needed in zip(unpacked, needs.norms, strict=True)]
+    if gradients.conv1 is None:
+        unpacked += [None] * spec.num_layers
     else:
-        flat = grad_conv1.to(plan.conv1[0].dtype)
-        gradients += _unflatten_dense_tensors(flat, plan.conv1)  # type: ignore[no-untyped-call]
-    if grad_conv2 is None:
-        gradients += [None] * len(plan.conv2)
-    else:
-        images = grad_conv2.to(plan.conv2[0].dtype).movedim(-1, 2)  # channels-last, each
-        images = images if is_channels_last(plan.conv2[0]) else images.contiguous()
-        layers = iter(images.unbind(0))
-        gradients += [next(layers) if needs else None for needs in needs_conv2]
-    return [
-        g if g is None or p is None or g.dtype == p.dtype else g.to(p.dtype)
-        for g, p in zip(gradients, plan.parameters, strict=True)
+        flat = gradients.conv1.to(parameters.conv1[0][0])
+        parts = torch.split(flat, [shape.numel() for _, shape, _ in parameters.conv1])
+        for part, (_, shape, strides), needed in zip(
+            parts, parameters.conv1, needs.conv1, strict=True
+        ):
+            unpacked.append(with_strides(part.view(shape), strides) if needed else None)
+    if gradients.conv2 is None:
+        return unpacked + [None] * spec.num_layers
+    images = gradients.conv2.to(parameters.conv2[0][0]).movedim(-1, 2)  # each channels-last
+    if parameters.conv2[0][2][1] != 1:  # one copy for all layers
+        images = images.contiguous()
+    layers = iter(images.unbind(0))
+    for (_, _, strides), needed in zip(parameters.conv2, needs.conv2, strict=True):
+        unpacked.append(with_strides(next(layers), strides) if needed else None)
+    return unpacked
+
+
+# ------------------------------------------------------------------------------------------------
+# The first door: eager mode
+
+
+class _Call(NamedTuple):
+    """A call of the autograd function, besides the tensors that it differentiates by."""
+
+    spec: BlockSpec
+    tensors: BlockTensors
+    mask: Tensor | None
+    name: str
+
+
+class _DenseBlock(torch.autograd.Function):
+    """Saves the features, per-channel numbers and, if asked to, bottlenecks; and the weights.
+
+    Results are the block's, the statistics of the batch, and an empty tensor by which a second
+    derivative finds the way to its refusal (:mod:`efficient_densenet.differentiation`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, *parameters: Tensor | None) -> Any:
+        spec, tensors = call.spec, call.tensors
+        result, saved = _forward(spec, tensors, x, call.mask, keeps=True)
+        token = x.new_empty(0)
+        ctx.spec, ctx.name, ctx.parameters = spec, call.name, _facts(tensors)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved.statistics)
+        ctx.save_for_backward(
+            token, result if saved.features is None else saved.features, *saved[1:], call.mask,
+            x if tensors.projection is not None else None, tensors.projection,
+            *tensors.conv1, *tensors.conv2,
+        )  # fmt: skip
+        return result, saved.statistics, token
+
+    @staticmethod
+    def backward(ctx: Any, grad_result: Tensor | None, *others: Tensor | None) -> Any:
+        if grad_result is None:
+            return (None,) * len(ctx.needs_input_grad)
+        spec, (needs_x, needs_projection, *rest) = ctx.spec, ctx.needs_input_grad[1:]
+        norms, layers = 2 * len(spec.eps), spec.num_layers
+        needs = _Needs(
+            needs_x, needs_projection, rest[:norms], rest[norms:-layers], rest[-layers:]
+        )
+        token, features, *kept = _saved_tensors(ctx)
+        saved = _Saved(features, *kept[:4])
+        mask, x, projection, *weights = kept[4:]
+        with torch.no_grad(), _without_autocast(grad_result.device.type):
+            if count_rows(ctx.x_shape) == 0:
+                gradients = _zeros(spec, ctx.x_shape, grad_result, needs)
+            else:
+                gradients = _backward(
+                    spec, saved, x, projection, weights[:layers], weights[layers:], mask,
+                    grad_result, needs,
+                )  # fmt: skip
+            results = _results(spec, ctx.parameters, gradients, needs, ctx.x_dtype, projection)
+        check_transforms("dense_block", grad_result)
+        return None, *refuse_second_derivatives("dense_block", results, token, grad_result)
+
+
+def _results(
+    spec: BlockSpec,
+    parameters: _Parameters,
+    gradients: _Gradients,
+    needs: _Needs,
+    x_dtype: torch.dtype,
+    projection: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients of x and of ``tensors.differentiable()``."""
+    grad_x = None if gradients.x is None else gradients.x.to(x_dtype)
+    grad_projection = gradients.projection
+    if grad_projection is not None and projection is not None:
+        grad_projection = grad_projection.to(projection.dtype).view(projection.shape)
+        grad_projection = with_strides(grad_projection, projection.stride())
+    return [grad_x, grad_projection, *_unpack(spec, parameters, gradients, needs)]
+
+
+def _saved_tensors(ctx: Any) -> Any:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        which = f" of {ctx.name}" if ctx.name else ""
+        raise RuntimeError(
+            f"dense_block: the result{which}, or a weight, was changed in place before the backward "
+            "pass. A block's result is itself kept for the backward pass: use inplace=False in the "
+            "module or hook behind it, or let that work on result.clone(). "
+            f"({error})"
+        ) from error
+
+
+def _without_autocast(kind: str) -> Any:
+    """The forward pass has done its casts. (Autocast does not know the meta device.)"""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def _zeros(
+    spec: BlockSpec, x_shape: torch.Size, like: Tensor, needs: _Needs
+) -> _Gradients:
+    """The gradients of an empty batch."""
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    conv1 = spec.bottleneck * sum(spec.norm_channels[: spec.num_layers])
+    conv2 = sum(needs.conv2), spec.growth, *spec.kernel, spec.bottleneck
+    return _Gradients(
+        like.new_zeros(x_shape) if needs.x else None,
+        like.new_zeros(spec.in_channels, spec.projected_channels) if needs.projection else None,
+        like.new_zeros(2, sum(spec.norm_channels), dtype=wide),
+        like.new_zeros(conv1, dtype=wide),
+        like.new_zeros(conv2),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The second door: operators that mutate nothing, for compilers. Lists hold no None: weights and
+# biases are those of the norms that have some, running statistics those of the frozen norms.
+
+_LISTS = ("weights", "biases", "running_means", "running_vars", "conv1", "conv2")
+_FLAGS = (
+    "bool[] has_weight, bool[] has_bias, bool[] training, float[] eps, ScalarType dtype, "
+    "float drop_rate, bool keeps_bottlenecks, bool has_reader, int pool"
+)
+torch.library.define(
+    "efficient_densenet::dense_block",
+    f"(Tensor x, Tensor? projection, Tensor? dropout_mask, "
+    f"{', '.join(f'Tensor[] {name}' for name in _LISTS)}, {_FLAGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "efficient_densenet::dense_block_backward",
+    "(Tensor grad_result, Tensor features, Tensor bottlenecks, Tensor statistics, Tensor affine, "
+    "Tensor frozen, Tensor? dropout_mask, Tensor? x, Tensor? projection, Tensor[] conv1, "
+    "Tensor[] conv2, bool[] training, float[] eps, ScalarType dtype, float drop_rate, "
+    "bool keeps_bottlenecks, bool has_reader, int pool, int[] x_sizes, bool needs_x, "
+    "bool needs_projection, bool[] needs_conv1, bool[] needs_conv2) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_NUM_LISTS = len(_LISTS)
+_Flags = tuple[Any, ...]
+
+
+def _operands(
+    spec: BlockSpec, tensors: BlockTensors, x: Tensor, mask: Tensor | None
+) -> tuple[Any, ...]:
+    """Of the operator, from what the eager function takes."""
+    weights, biases, running_means, running_vars = (list(part) for part in tensors[:4])
+    return (
+        x, tensors.projection, mask,
+        [weight for weight in weights if weight is not None],
+        [bias for bias in biases if bias is not None],
+        [running_means[i] for i in spec.frozen_norms],
+        [running_vars[i] for i in spec.frozen_norms],
+        tensors.conv1, tensors.conv2,
+        [weight is not None for weight in weights], [bias is not None for bias in biases],
+        spec.training, spec.eps, spec.dtype, spec.drop_rate, spec.keeps_bottlenecks,
+        spec.has_reader, int(spec.pool),
+    )  # fmt: skip
+
+
+def _from_operands(
+    x: Tensor, projection: Tensor | None, lists: Sequence[Sequence[Tensor]], flags: _Flags
+) -> tuple[BlockSpec, BlockTensors]:
+    """The way back, with all checks."""
+    has_weight, has_bias, training, eps, dtype, drop_rate, keeps_bottlenecks, has_reader, pool = (
+        flags
+    )
+    conv1, conv2 = lists[4:]
+    count = 2 * len(conv1) + has_reader
+    present = {"has_weight": has_weight, "has_bias": has_bias, "training": training, "eps": eps}
+    for name, values in present.items():
+        if len(values) != count:
+            raise ValueError(f"{name}: expected {count} values, one per norm, got {len(values)}")
+    frozen = [not trains for trains in training]
+    columns = [
+        _spread(name, tensors, present)
+        for name, tensors, present in zip(
+            _LISTS, lists[:4], (has_weight, has_bias, frozen, frozen), strict=False
+        )
     ]
+    norms = [
+        BatchNorm(mean, var, weight, bias, training=trains, eps=e)
+        for weight, bias, mean, var, trains, e in zip(*columns, training, eps, strict=True)
+    ]
+    layers = zip(norms, conv1, norms[len(conv1) :], conv2, strict=False)
+    check_block_arguments(
+        x, [DenseLayer(*layer) for layer in layers], drop_rate, _recompute(keeps_bottlenecks),
+        norms[-1] if has_reader else None, projection, dtype,
+    )  # fmt: skip
+    spec = BlockSpec(
+        dtype, [(weight.size(0), weight.size(1)) for weight in conv1], tuple(conv2[0].shape),
+        training, eps, [0.0] * count, drop_rate, False, keeps_bottlenecks, has_reader, pool,
+        0 if projection is None else projection.size(1),
+    )  # fmt: skip
+    nones: list[Tensor | None] = [None] * count
+    return spec, BlockTensors(*columns, nones, list(conv1), list(conv2), projection)
+
+
+def _recompute(keeps_bottlenecks: bool) -> str:
+    return "bottleneck" if keeps_bottlenecks else "features"
+
+
+def _spread(
+    name: str, tensors: Sequence[Tensor], present: Sequence[bool]
+) -> list[Tensor | None]:
+    """The tensors at the places where there is one."""
+    if len(tensors) != sum(present):
+        raise ValueError(f"{name}: expected {sum(present)} tensors, got {len(tensors)}")
+    remaining = iter(tensors)
+    return [next(remaining) if here else None for here in present]
+
+
+def _filled(x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """An empty tensor for None, which operators cannot return."""
+    return [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
+
+
+def _given(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.dim() > 1 or tensor.size(0) else None
+
+
+def _dense_block_operator(
+    x: Tensor, projection: Tensor | None, mask: Tensor | None, *operands: Any
+) -> tuple[Tensor, ...]:
+    lists, flags = operands[:_NUM_LISTS], operands[_NUM_LISTS:]
+    spec, tensors = _from_operands(x, projection, lists, flags)
+    result, saved = _forward(spec, tensors, x, mask, keeps=True)
+    return result, *_filled(x, saved)
+
+
+def _dense_block_backward_operator(
+    grad_result: Tensor,
+    features: Tensor,
+    bottlenecks: Tensor,
+    statistics: Tensor,
+    affine: Tensor,
+    frozen: Tensor,
+    mask: Tensor | None,
+    x: Tensor | None,
+    projection: Tensor | None,
+    conv1: Sequence[Tensor],
+    conv2: Sequence[Tensor],
+    training: Sequence[bool],
+    eps: Sequence[float],
+    dtype: torch.dtype,
+    drop_rate: float,
+    keeps_bottlenecks: bool,
+    has_reader: bool,
+    pool: int,
+    x_sizes: Sequence[int],
+    needs_x: bool,
+    needs_projection: bool,
+    needs_conv1: Sequence[bool],
+    needs_conv2: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    spec = BlockSpec(
+        dtype, [(weight.size(0), weight.size(1)) for weight in conv1], tuple(conv2[0].shape),
+        training, eps, [0.0] * len(eps), drop_rate, False, keeps_bottlenecks, has_reader, pool,
+        0 if projection is None else projection.size(1),
+    )  # fmt: skip
+    needs = _Needs(needs_x, needs_projection, [], list(needs_conv1), list(needs_conv2))
+    if count_rows(x_sizes) == 0:
+        return tuple(_filled(features, _zeros(spec, torch.Size(x_sizes), features, needs)))
+    saved = _Saved(features, _given(bottlenecks), statistics, affine, _given(frozen))
+    gradients = _backward(spec, saved, x, projection, conv1, conv2, mask, grad_result, needs)
+    return tuple(_filled(features, gradients))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (x, projection, mask), lists = inputs[:3], inputs[3 : 3 + _NUM_LISTS]
+    flags = inputs[3 + _NUM_LISTS :]
+    weights, biases, _, _, conv1, conv2 = lists
+    ctx.flags, ctx.x_dtype, ctx.x_sizes = flags, x.dtype, x.shape
+    nones: list[Tensor | None] = []
+    ctx.parameters = _facts(
+        BlockTensors(list(weights), list(biases), nones, nones, nones, list(conv1), list(conv2))
+    )
+    result, features, *kept = output
+    has_reader = flags[-2]
+    ctx.save_for_backward(
+        features if has_reader else result, *kept, mask,
+        None if projection is None else x, projection, *conv1, *conv2,
+    )  # fmt: skip
+
+
+def _differentiate(ctx: Any, grad_result: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The gradients of the operator's inputs."""
+    features, *rest = ctx.saved_tensors
+    kept, (mask, x, projection), weights = rest[:4], rest[4:7], rest[7:]
+    layers = len(weights) // 2
+    conv1, conv2 = weights[:layers], weights[layers:]
+    has_weight, has_bias, training, eps, *numbers = ctx.flags
+    needs_x, needs_projection, _, *needs_lists = ctx.needs_input_grad[: 3 + _NUM_LISTS]
+    needs_norms = [
+        bool(need)
+        for present, needs in ((has_weight, needs_lists[0]), (has_bias, needs_lists[1]))
+        for need in _spread("needs", needs, present)
+    ]
+    needs = _Needs(needs_x, bool(needs_projection), needs_norms, *map(list, needs_lists[4:]))
+    outputs = _ops.dense_block_backward(
+        grad_result, features, *kept, mask, x, projection, conv1, conv2, training, eps, *numbers,
+        ctx.x_sizes, needs.x, needs.projection, needs.conv1, needs.conv2,
+    )  # fmt: skip
+    asked = needs.x, needs.projection, True, any(needs.conv1), any(needs.conv2)
+    gradients = _Gradients(*(g if need else None for g, need in zip(outputs, asked, strict=True)))
+    dtype, drop_rate, keeps_bottlenecks, has_reader, pool = numbers
+    spec = BlockSpec(
+        dtype, [(weight.size(0), weight.size(1)) for weight in conv1], tuple(conv2[0].shape),
+        training, eps, [0.0] * len(eps), drop_rate, False, keeps_bottlenecks, has_reader, pool,
+    )  # fmt: skip
+    results = _results(spec, ctx.parameters, gradients, needs, ctx.x_dtype, projection)
+    grad_x, grad_projection, *parameters = results
+    norms = len(eps)
+    by_list = [
+        [g for g, here in zip(parameters[:norms], has_weight, strict=True) if here],
+        [g for g, here in zip(parameters[norms : 2 * norms], has_bias, strict=True) if here],
+        [None] * len(needs_lists[2]),
+        [None] * len(needs_lists[3]),
+        parameters[2 * norms : -layers],
+        parameters[-layers:],
+    ]
+    return grad_x, grad_projection, None, *by_list, *[None] * len(ctx.flags)
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise second_derivative_error("dense_block")
+
+
+for _name, _function in (
+    ("dense_block", _dense_block_operator),
+    ("dense_block_backward", _dense_block_backward_operator),
+):
+    torch.library.impl(f"efficient_densenet::{_name}", ("cpu", "cuda"))(_function)
+    # Without data the same function gives the shapes and strides: its kernels then do nothing.
+    torch.library.register_fake(f"efficient_densenet::{_name}")(_function)
+torch.library.register_autograd(
+    "efficient_densenet::dense_block", _differentiate, setup_context=_keep_for_backward
+)
+torch.library.register_autograd("efficient_densenet::dense_block_backward", _refuse)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -490,43 +794,32 @@ def _new_channels_last(
 
 
 def _in_channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
-    strides = dense_strides(x.shape, channels_last=True)
-    fits = all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True))
-    if x.dtype == dtype and fits:
-        return x
-    return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device).copy_(x)
+    """x with its channels next to each other and its pixels one row after the other."""
+    pixels, row = [*range(2, x.dim())], x.size(1)
+    if x.dtype == dtype and (x.size(1) == 1 or x.stride(1) == 1):
+        fits, step = True, None
+        for d in [*reversed(pixels), 0]:
+            if x.size(d) == 1:
+                continue
+            step = x.stride(d) if step is None else step
+            fits = fits and x.stride(d) == step and step >= row
+            step *= x.size(d)
+        if fits:
+            return x
+    return torch.empty_strided(
+        x.shape, dense_strides(x.shape, channels_last=True), dtype=dtype, device=x.device
+    ).copy_(x)
 
 
-def _new_features(plan: Plan, sizes: Sequence[int], x: Tensor) -> Tensor:
+def _new_features(spec: BlockSpec, x: Tensor) -> Tensor:
     """The block's buffer; its rows are padded where nobody sees it, for wide accesses."""
-    padded = [*sizes]
-    if plan.reads:
-        padded[1] = -(-plan.channels // 8) * 8
+    padded = [x.size(0), spec.channels, *x.shape[2:]]
+    if spec.has_reader:
+        padded[1] = -(-spec.channels // 8) * 8
     strides = dense_strides(padded, channels_last=True)
-    return x.new_empty_strided(tuple(sizes), strides, dtype=plan.dtype)
+    sizes = x.size(0), spec.channels, *x.shape[2:]
+    return x.new_empty_strided(sizes, strides, dtype=spec.dtype)
 
 
-def _dropout_mask(plan: Plan, x: Tensor) -> Tensor:
-    """``[L, N, *spatial, k]``: where dropout keeps the new features of each layer."""
-    n, _, *spatial = x.shape
-    mask = x.new_empty((len(plan.layers), n, *spatial, plan.growth), dtype=torch.bool)
-    draw = _drawn_channels if plan.drops_channels else _drawn_features
-    for layer, kept in zip(mask, draw(plan, x), strict=True):
-        layer.copy_(kept.movedim(1, -1))
-    return mask
-
-
-def _drawn_features(plan: Plan, x: Tensor) -> Iterator[Tensor]:
-    """F.dropout draws in the order of memory, so the formats of the plain composition matter."""
-    sizes = x.size(0), plan.growth, *x.shape[2:]
-    convolutions = [(layer.conv1, layer.conv2) for layer in plan.layers]
-    for channels_last in plain_formats(x, convolutions, plan.dtype):
-        ones = x.new_empty_strided(sizes, dense_strides(sizes, channels_last), dtype=plan.dtype)
-        yield F.dropout(ones.fill_(1), plan.drop_rate)
-
-
-def _drawn_channels(plan: Plan, x: Tensor) -> Iterator[Tensor]:
-    """What nn.Dropout2d and nn.Dropout3d draw: one number per image and channel."""
-    ones = x.new_ones((x.size(0), plan.growth, *[1] * (x.dim() - 2)), dtype=plan.dtype)
-    for _ in plan.layers:
-        yield torch.feature_dropout(ones, plan.drop_rate, True)
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

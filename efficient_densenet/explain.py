@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .convert import _ConvertedBlock, _dense_blocks, _why_not_block, _why_not_structure
-from .densenet import DenseBlock
+from .arguments import check_module
+from .block_spec import BlockSpec, count_rows
+from .convert import why_not_converted, why_nothing_to_convert
+from .dense_block import kernel_path
+from .libraries import find_blocks, library_of
+from .lowering import Refusal, lower, why_not_layers
+from .runner import Block, lower_block
 
 
 class BlockReport(NamedTuple):
@@ -42,16 +46,17 @@ def explain(model: nn.Module, x: Tensor | None = None) -> list[BlockReport]:
         ``"convolutions: why"``, ``"layer by layer: why"``, ``"library: why"``; without x
         ``"fused"`` in place of the first three), and the bytes kept for the backward pass of a
         training step: those of the block, and those of the same block of plain modules. None where
-        unknown.
+        unknown. Of a block that is not converted, they are those that it would keep converted.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: there is no dense block in the model.
     """
-    blocks = {name or type(m).__name__: m for name, m in model.named_modules()}
-    known = dict(_dense_blocks(model))
-    blocks = {n: m for n, m in blocks.items() if n in known or isinstance(m, DenseBlock)}
+    check_module("model", model)
+    own = {n or type(m).__name__: m for n, m in model.named_modules() if isinstance(m, Block)}
+    blocks = own | dict(find_blocks(model))
     if not blocks:
-        raise ValueError(f"model: {type(model).__name__} has no dense block")
+        raise ValueError(why_nothing_to_convert(model))
     inputs = {} if x is None else _inputs(model, blocks, x)
     reports = [_report(name, block, inputs.get(name)) for name, block in blocks.items()]
     print(_table(reports))
@@ -59,26 +64,34 @@ def explain(model: nn.Module, x: Tensor | None = None) -> list[BlockReport]:
 
 
 def _report(name: str, block: nn.Module, x: Tensor | None) -> BlockReport:
-    if not isinstance(block, (DenseBlock, _ConvertedBlock)):
-        return BlockReport(name, f"library: {_why_not_converted(block)}", None, None)
+    if not isinstance(block, Block):
+        return _report_unconverted(name, block, x)
     if x is None:
-        if isinstance(block, DenseBlock):
-            why = None if block.efficient else "layer by layer: efficient=False"
-        else:
-            structure = _why_not_structure(block)
-            why = structure and f"library: {structure}"
-        return BlockReport(name, why or "fused", None, None)
-    plan = block.plan(x)
-    if plan is None:
-        if isinstance(block, DenseBlock):
-            return BlockReport(name, f"layer by layer: {block.why_not_fused(x)}", None, None)
-        return BlockReport(name, f"library: {_why_not_block(block, x)}", None, None)
-    kept, plain = plan.kept_bytes(x.size(0) * math.prod(x.shape[2:]))
-    return BlockReport(name, plan.kernel_path(x), kept, plain)
+        why = block.why_not_itself() or why_not_layers(block.layer_parts())
+        return BlockReport(name, f"{block.instead()}: {why}" if why else "fused", None, None)
+    lowered, _ = lower_block(block, x)
+    return _with_bytes(name, block.kernel_path(x), lowered, x)
 
 
-def _why_not_converted(block: nn.Module) -> str:
-    return _why_not_structure(block) or "not converted"
+def _report_unconverted(name: str, block: nn.Module, x: Tensor | None) -> BlockReport:
+    """What it is now, and what conversion would save."""
+    why = why_not_converted(block)
+    if why is not None or x is None:
+        return BlockReport(name, f"library: {why or 'not converted'}", None, None)
+    library = library_of(block)
+    assert library is not None
+    layers = {layer: library.read(module) for layer, module in block.named_children()}
+    lowered = lower(layers, "bottleneck", x)
+    if isinstance(lowered, Refusal):
+        return BlockReport(name, f"library: not converted; would not be fused: {lowered.why}", None, None)
+    path = f"library: not converted; would run on {kernel_path(lowered, x)}"
+    return _with_bytes(name, path, lowered, x)
+
+
+def _with_bytes(name: str, path: str, lowered: BlockSpec | Refusal, x: Tensor) -> BlockReport:
+    if isinstance(lowered, Refusal):
+        return BlockReport(name, path, None, None)
+    return BlockReport(name, path, *lowered.kept_bytes(count_rows(x.shape)))
 
 
 def _inputs(model: nn.Module, blocks: dict[str, nn.Module], x: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,484 @@
+"""From modules to the description of a block, or the reason why not: the only place that decides.
+
+Every function ``why_not_*`` returns a reason, or None where a module computes exactly what the
+operator would. :func:`lower` puts them together for a block, with the module that reads it and the
+convolution in front of it. Everybody who runs or explains a block asks this module.
+
+Lowering looks at every module of a block, which costs as much as its kernels. So
+:class:`Remembered` keeps the last description with the *facts* that it followed from: types, modes,
+numbers, hooks, and dtypes, devices and shapes of tensors. Facts hold no tensor and no module, so
+nothing is kept alive, and replicas and copies share them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .arguments import check_block_arguments, computed_dtype, in_autocast
+from .batch_norm import BatchNorm
+from .block_spec import BlockSpec, Pool
+from .dense_block import BlockTensors, DenseLayer, describe
+from .libraries import LayerParts, TransitionParts, has_activation, transition_of
+
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_NORMS = (*BATCH_NORMS.values(), nn.SyncBatchNorm)
+_LEAVES = (
+    *_NORMS, *CONVOLUTIONS.values(), *MAX_POOLS.values(), *AVERAGE_POOLS.values(), nn.ReLU,
+    nn.Sequential,
+)  # fmt: skip
+# The code that the reasons below know. Whoever puts another in its place is not fused.
+_FORWARDS = tuple(kind.forward for kind in _LEAVES)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+# ------------------------------------------------------------------------------------------------
+# Modules
+
+
+def any_global_hook() -> bool:
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def why_called(module: Any, *types: type[nn.Module]) -> str | None:
+    """Why a module has to be called: it is not exactly of these types, or somebody listens.
+
+    A subclass (a parametrised convolution, say) computes something else, and pruning is a hook.
+    """
+    if type(module) not in types:
+        return f"is {type(module).__name__}"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    if any_global_hook() or has_hooks(module):
+        return "has hooks"
+    return None
+
+
+def why_torch_differs() -> str | None:
+    """Whether somebody changed what torch's own modules compute."""
+    for kind, forward in zip(_LEAVES, _FORWARDS, strict=True):
+        if kind.forward is not forward:
+            return f"{kind.__name__}.forward was replaced"
+    return None
+
+
+def synchronises(norm: Any) -> bool:
+    """Whether a SyncBatchNorm would take statistics over several processes now."""
+    distributed = torch.distributed
+    if not norm.training or not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    group = norm.process_group or distributed.group.WORLD
+    return distributed.get_world_size(group) > 1
+
+
+def why_not_norm(norm: Any, relu: Any, may_synchronise: bool = False) -> str | None:
+    """Batch norm and ReLU as two modules, or as one of timm's."""
+    whole = relu is None and has_activation(norm)
+    bases = (type(norm),) if whole else _NORMS
+    if relu is None and not whole:
+        return f"norm is {type(norm).__name__}, without a ReLU"
+    why = why_called(norm, *bases)
+    if why is not None:
+        return f"norm {why}"
+    parts = ((norm.act, nn.ReLU), (norm.drop, nn.Identity)) if whole else ((relu, nn.ReLU),)
+    for part, expected in parts:
+        why = why_called(part, expected)
+        if why is not None:
+            return f"activation {why}"
+    if whole and not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return f"norm is {type(norm).__name__}"
+    if isinstance(norm, nn.SyncBatchNorm) and not may_synchronise and synchronises(norm):
+        return f"norm is {type(norm).__name__}, which synchronises its statistics"
+    return why_not_statistics(norm)
+
+
+def why_not_statistics(norm: Any) -> str | None:
+    if (norm.running_mean is None) != (norm.running_var is None):
+        return "norm has only one of running_mean and running_var"
+    return None
+
+
+def why_not_convolution(conv: Any, x: Tensor, pointwise: bool) -> str | None:
+    why = why_called(conv, *CONVOLUTIONS.values())
+    if why is not None:
+        return f"convolution {why}"
+    kernel = conv.kernel_size
+    if set(kernel) != {1} if pointwise else not all(size % 2 for size in kernel):
+        return f"convolution has kernel {kernel}"
+    if (
+        set(conv.stride) != {1}
+        or set(conv.dilation) != {1}
+        or conv.groups != 1
+        or conv.bias is not None
+        or conv.padding_mode != "zeros"
+        or conv.padding != tuple(size // 2 for size in kernel)
+    ):
+        return "convolution has a stride, padding, dilation, groups or a bias"
+    weight = conv.weight
+    if not torch.compiler.is_compiling() and is_traceable_wrapper_subclass(weight):
+        return f"convolution has a weight that is a {type(weight).__name__}"
+    if weight.device != x.device:
+        return f"convolution is on {weight.device}, its input on {x.device}"
+    if weight.dtype != x.dtype and not in_autocast(x):
+        return f"convolution has {weight.dtype}, its input {x.dtype}"
+    return None
+
+
+def one_number(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """A window's size, stride or padding as one number where it is the same in all dimensions."""
+    return size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
+
+
+def why_not_halving(pool: Any, x: Tensor) -> str | None:
+    """Averages of windows of 2 with stride 2."""
+    why = why_called(pool, *AVERAGE_POOLS.values())
+    if why is not None:
+        return f"pool {why}"
+    sizes = [one_number(size) for size in (pool.kernel_size, pool.stride, pool.padding)]
+    if type(pool) is not AVERAGE_POOLS.get(x.dim() - 2):
+        return f"pool is {type(pool).__name__}, for another number of dimensions than {x.dim()}"
+    if sizes != [2, 2, 0] or pool.ceil_mode:
+        return "pool is not over windows of 2 with stride 2"
+    if getattr(pool, "divisor_override", None) is not None or min(x.shape[2:]) < 2:
+        return "pool divides otherwise, or its input is too small"
+    return None
+
+
+def why_not_max_pool(pool: Any, x: Tensor) -> str | None:
+    """Maxima over windows of 3 with stride 2 and padding 1."""
+    why = why_called(pool, *MAX_POOLS.values())
+    if why is not None:
+        return f"pool {why}"
+    numbers = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    if type(pool) is not MAX_POOLS.get(x.dim() - 2) or pool.ceil_mode or pool.return_indices:
+        return "pool is for other inputs, or returns something else"
+    return None if [one_number(size) for size in numbers] == [3, 2, 1, 1] else "pool differs"
+
+
+def why_not_layer(parts: LayerParts, may_synchronise: bool = False) -> str | None:
+    """Whatever the input."""
+    if parts.other is not None:
+        return parts.other
+    if parts.drop_rate >= 1:
+        return "drops out everything"
+    for module in (parts.layer, *parts.containers):
+        why = why_called(module, type(module))
+        if why is not None:
+            return f"layer {why}"
+    return (
+        why_not_norm(parts.norm1, parts.relu1, may_synchronise)
+        or why_not_norm(parts.norm2, parts.relu2, may_synchronise)
+        or why_not_pair(parts)
+    )
+
+
+def why_not_pair(parts: LayerParts) -> str | None:
+    for conv in (parts.conv1, parts.conv2):
+        why = why_called(conv, *CONVOLUTIONS.values())
+        if why is not None:
+            return f"convolution {why}"
+    return None
+
+
+def why_not_layers(
+    layers: Mapping[str, LayerParts], may_synchronise: bool = False
+) -> str | None:
+    """Why a block cannot run as one, whatever its input."""
+    first_name, first = next(iter(layers.items()))
+    why = why_torch_differs()
+    if why is not None:
+        return why
+    for name, parts in layers.items():
+        why = why_not_layer(parts, may_synchronise)
+        if why is not None:
+            return f"{name}: {why}"
+        if (parts.drop_rate, parts.drops_channels) != (first.drop_rate, first.drops_channels):
+            return f"{name}: other dropout or mode than {first_name}"
+        if parts.conv2.weight.shape != first.conv2.weight.shape:
+            return f"{name}: other numbers of channels than {first_name}"
+    return None
+
+
+def why_not_block(layers: Mapping[str, LayerParts], x: Tensor) -> str | None:
+    """Why a block cannot run as one on an input."""
+    why = why_not_layers(layers)
+    if why is not None:
+        return why
+    dims = next(iter(layers.values())).conv2.weight.dim()
+    if x.dim() != dims or dims not in (3, 4, 5):
+        return f"x: expected {dims} dimensions, [N, C, *spatial], got shape {list(x.shape)}"
+    if not x.is_floating_point():
+        return f"x: expected floating-point numbers, got {x.dtype}"
+    for name, parts in layers.items():
+        why = (
+            why_not_convolution(parts.conv1, x, pointwise=True)
+            or why_not_convolution(parts.conv2, x, pointwise=False)
+            or why_not_dims(parts.norm1, x)
+            or why_not_dims(parts.norm2, x)
+        )
+        if why is not None:
+            return f"{name}: {why}"
+    return None
+
+
+def why_not_dims(norm: nn.Module, x: Tensor) -> str | None:
+    """Norms check the number of dimensions; a SyncBatchNorm takes any."""
+    if isinstance(norm, (nn.SyncBatchNorm, BATCH_NORMS[x.dim() - 2])):
+        return None
+    return f"norm is {type(norm).__name__}, for another number of dimensions than {x.dim()}"
+
+
+class Reader(NamedTuple):
+    """What reads a block: a transition, or the norm behind the last one."""
+
+    module: nn.Module
+    norm: Any
+    relu: Any  # None where the norm holds it, or where it follows in the head
+    conv: Any  # a transition's
+    pool_module: Any
+    pool: Pool
+
+
+def transition_reader(module: nn.Module) -> Reader | None:
+    parts = transition_of(module)
+    if parts is None:
+        return None
+    return Reader(module, parts.norm, parts.relu, parts.conv, parts.pool, Pool.WINDOWS)
+
+
+def why_not_reader(reader: Reader, x: Tensor, may_synchronise: bool = False) -> str | None:
+    """Why a module does not run with the block before it."""
+    if reader.conv is None:
+        if has_activation(reader.norm):
+            return why_not_norm(reader.norm, None)
+        why = why_called(reader.norm, *_NORMS)
+        if why is None and type(reader.norm) is nn.SyncBatchNorm and synchronises(reader.norm):
+            why = "synchronises its statistics"
+        return why or why_not_dims(reader.norm, x) or why_not_statistics(reader.norm)
+    return (
+        why_called(reader.module, type(reader.module))
+        or why_not_halving(reader.pool_module, x)
+        or why_not_norm(reader.norm, reader.relu, may_synchronise)
+        or why_not_dims(reader.norm, x)
+        or why_not_convolution(reader.conv, x, pointwise=True)
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Numbers and tensors
+
+
+def batch_norm(norm: Any) -> BatchNorm:
+    """What ``norm.forward`` would hand to ``F.batch_norm``, and the count it would move."""
+    uses_running = not norm.training or norm.track_running_stats
+    counts = norm.training and norm.track_running_stats
+    return BatchNorm(
+        norm.running_mean if uses_running else None,
+        norm.running_var if uses_running else None,
+        norm.weight,
+        norm.bias,
+        training=norm.training or norm.running_mean is None,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        num_batches_tracked=norm.num_batches_tracked if counts else None,
+    )
+
+
+def read_tensors(
+    layers: Sequence[LayerParts], reader: Reader | None, projection: Any
+) -> BlockTensors:
+    """What the modules hold now."""
+    norms = [*(parts.norm1 for parts in layers), *(parts.norm2 for parts in layers)]
+    norms += [] if reader is None else [reader.norm]
+    means, variances, counts = (
+        _read(norms, "_buffers", name)
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
+    for i, norm in enumerate(norms):
+        if norm.training and not norm.track_running_stats:
+            means[i] = variances[i] = counts[i] = None
+    return BlockTensors(
+        _read(norms, "_parameters", "weight"),
+        _read(norms, "_parameters", "bias"),
+        means,
+        variances,
+        counts,
+        _read([parts.conv1 for parts in layers], "_parameters", "weight"),
+        _read([parts.conv2 for parts in layers], "_parameters", "weight"),
+        None if projection is None else projection.weight,
+    )
+
+
+def _read(modules: Sequence[Any], kind: str, name: str) -> list[Any]:
+    """An attribute of each; past nn.Module.__getattr__, which is slow, where that can be."""
+    if not torch.compiler.is_compiling():
+        try:
+            return [vars(module)[kind][name] for module in modules]
+        except KeyError:  # the replicas of nn.DataParallel have plain attributes
+            pass
+    return [getattr(module, name) for module in modules]
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class Refusal(NamedTuple):
+    """Why a block does not run as one, and the type of error where the input is wrong."""
+
+    why: str
+    error: type[Exception] | None = None
+
+
+def lower(
+    layers: Mapping[str, LayerParts],
+    recompute: str,
+    x: Tensor,
+    reader: Reader | None = None,
+    projection: Any = None,
+) -> BlockSpec | Refusal:
+    """A block, the module that reads it and the convolution in front of it as one operator.
+
+    Args:
+        layers: by their names.
+        x: the block's input, or that of the projection.
+        projection: a transition's convolution.
+    """
+    why = why_not_block(layers, x)
+    if why is None and reader is not None:
+        why = why_not_reader(reader, x)
+    if why is None and projection is not None:
+        # With dropout, masks depend on the format of what the convolution makes.
+        drops = next(iter(layers.values())).drop_rate > 0
+        why = "dropout" if drops else why_not_convolution(projection, x, pointwise=True)
+    if why is not None:
+        return Refusal(why)
+    first = next(iter(layers.values()))
+    arguments = (
+        [
+            DenseLayer(
+                batch_norm(parts.norm1), parts.conv1.weight,
+                batch_norm(parts.norm2), parts.conv2.weight,
+            )
+            for parts in layers.values()
+        ],
+        first.drop_rate,
+        recompute,
+        None if reader is None else batch_norm(reader.norm),
+        Pool.NONE if reader is None else reader.pool,
+        first.drops_channels,
+        None if projection is None else projection.weight,
+    )  # fmt: skip
+    try:
+        return describe(x, *arguments)[0]
+    except (TypeError, ValueError) as error:
+        return Refusal(str(error), type(error))
+
+
+# What decides about a module, besides its type, its hooks and what LayerParts tell.
+_NORM_FIELDS = operator.itemgetter("training", "eps", "momentum", "track_running_stats")
+_CONVOLUTION_FIELDS = operator.itemgetter(
+    "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+)
+_POOL_FIELDS = operator.itemgetter("kernel_size", "stride", "padding", "ceil_mode")
+
+
+class _FieldsOf(dict[type, Any]):
+    """By the first known class that a class inherits from (timm's norms inherit from torch's)."""
+
+    def __missing__(self, kind: type) -> Any:
+        known = (self[base] for base in kind.__mro__[1:] if base in self)
+        self[kind] = next(known, operator.itemgetter("training"))
+        return self[kind]
+
+
+_fields_of = _FieldsOf(
+    {
+        **dict.fromkeys(_NORMS, _NORM_FIELDS),
+        **dict.fromkeys(CONVOLUTIONS.values(), _CONVOLUTION_FIELDS),
+        **dict.fromkeys(AVERAGE_POOLS.values(), _POOL_FIELDS),
+    }
+)
+_hooks_of = operator.itemgetter(*_HOOKS)
+_tensor_facts = operator.attrgetter("shape", "dtype", "device")
+
+
+def _flatten(module: nn.Module, into: list[nn.Module]) -> None:
+    into.append(module)
+    for child in vars(module)["_modules"].values():
+        _flatten(child, into)
+
+
+def gather_facts(
+    x: Tensor,
+    layers: Iterable[LayerParts],
+    roots: Iterable[nn.Module],
+    tensors: BlockTensors,
+    extra: object,
+) -> tuple[object, ...]:
+    """All that :func:`lower` reads.
+
+    Loops are without bytecode where they can be: they run over hundreds of modules in every step.
+    """
+    modules: list[nn.Module] = []
+    for root in roots:
+        _flatten(root, modules)
+    attributes, kinds = list(map(vars, modules)), list(map(type, modules))
+    fields = [_fields_of[kind](own) for kind, own in zip(kinds, attributes, strict=True)]
+    present = [tensor for tensor in itertools.chain(*tensors[:7]) if tensor is not None]
+    absent = [tensor is None for tensor in itertools.chain(*tensors[:4])]
+    sync = [synchronises(m) for m in modules if isinstance(m, nn.SyncBatchNorm)]
+    return (
+        (x.dtype, x.device, x.dim(), x.shape[1:2], min(x.shape[2:], default=0) < 2, extra),
+        computed_dtype(x), in_autocast(x), any_global_hook(),
+        [kind.forward for kind in _LEAVES],
+        kinds, fields, sync,
+        list(map(any, map(_hooks_of, attributes))), ["forward" in own for own in attributes],
+        [parts[7:9] + parts[10:] for parts in layers],
+        absent, list(map(_tensor_facts, present)),
+        None if tensors.projection is None else _tensor_facts(tensors.projection),
+    )  # fmt: skip
+
+
+class Remembered:
+    """The last description of a block for every use of it, with the facts that it follows from.
+
+    Copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[object, tuple[object, BlockSpec | Refusal]] = {}
+
+    def get(self, use: object, facts: object) -> BlockSpec | Refusal | None:
+        last = self._last.get(use)
+        return None if last is None or last[0] != facts else last[1]
+
+    def put(self, use: object, facts: object, lowered: BlockSpec | Refusal) -> None:
+        if _is_plain(facts):
+            self._last[use] = facts, lowered
+
+    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
+        return Remembered, ()
+
+
+def _is_plain(fact: object) -> bool:
+    """Whether nothing in it could keep a tensor or a module alive."""
+    if isinstance(fact, (list, tuple)):
+        return all(map(_is_plain, fact))
+    kinds = (int, float, str, type, torch.dtype, torch.device, types.FunctionType)
+    return fact is None or isinstance(fact, kinds)
