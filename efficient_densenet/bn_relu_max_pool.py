@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from . import _extension  # noqa: F401  registers the operators
-from ._arguments import check_pooling_arguments
-from ._once import check_transforms, differentiable_once
-from .batch_norm import BatchNorm, RunningStatistics
-from .concat_bn_relu import _as_parameter, _parameter_type
+from .arguments import check_pooling_arguments
+from .batch_norm import (
+    BatchNorm,
+    as_parameter,
+    parameter_dtype,
+    update_running_statistics,
+)
+from .differentiation import check_transforms, differentiable_once
 from .layout import dense_strides, is_channels_last
 
 _ops = torch.ops.efficient_densenet
@@ -86,7 +90,7 @@ class _BNReLUMaxPool(torch.autograd.Function):
         used = x.to(grad_y.dtype)
         grad_x = torch.empty_like(used)
         if grad_y.numel() == 0:
-            numbers = mean.new_zeros((2, mean.numel()), dtype=_parameter_type(used))
+            numbers = mean.new_zeros((2, mean.numel()), dtype=parameter_dtype(used.dtype))
         else:
             if grad_y.stride() != winners.stride():
                 grad_y = torch.empty_like(winners, dtype=grad_y.dtype).copy_(grad_y)
@@ -96,8 +100,8 @@ class _BNReLUMaxPool(torch.autograd.Function):
                 used,
                 mean,
                 var,
-                _as_parameter(weight, used),
-                _as_parameter(bias, used),
+                as_parameter(weight, used),
+                as_parameter(bias, used),
                 ctx.norm_eps,
                 ctx.norm_training,
                 grad_x,
@@ -127,14 +131,14 @@ def _forward(norm: BatchNorm, x: Tensor, keeps: bool) -> _Forward:
     else:
         assert norm.running_mean is not None and norm.running_var is not None  # checked
         mean, var = norm.running_mean.double(), norm.running_var.double()
-    weight, bias = _as_parameter(norm.weight, x), _as_parameter(norm.bias, x)
+    weight, bias = as_parameter(norm.weight, x), as_parameter(norm.bias, x)
     _ops.bn_relu_max_pool(x, mean, var, weight, bias, float(norm.eps), y, winners)
     if norm.training:  # last, so that an error leaves them as they were
-        RunningStatistics([(0, norm)]).update(mean, var, x.numel() // x.size(1))
+        update_running_statistics([(0, norm)], mean, var, x.numel() // x.size(1))
     return _Forward(y, mean, var, winners)
 
 
 @torch.library.register_fake("efficient_densenet::bn_relu_max_pool_backward")
 def _(grad_y: Tensor, winners: Tensor, x: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    grad_weight = torch.empty_like(mean, dtype=_parameter_type(x))
+    grad_weight = torch.empty_like(mean, dtype=parameter_dtype(x.dtype))
     return grad_weight, torch.empty_like(grad_weight)

@@ -20,9 +20,14 @@ from torch.autograd.graph import (
 )
 
 from . import _extension  # noqa: F401  registers the operators
-from ._arguments import check_arguments
-from ._once import check_transforms, differentiable_once
-from .batch_norm import BatchNorm, RunningStatistics
+from .arguments import check_arguments
+from .batch_norm import (
+    BatchNorm,
+    as_parameter,
+    parameter_dtype,
+    update_running_statistics,
+)
+from .differentiation import check_transforms, differentiable_once
 from .layout import dense_strides, is_channels_last
 from .storage import SharedStorage
 
@@ -302,8 +307,8 @@ def _batch_statistics(
 ) -> tuple[Tensor, Tensor]:
     mean, var = _ops.concat_bn_stats(features)
     rows = features[0].numel() // features[0].size(1)
-    norm = BatchNorm(running_mean, running_var, momentum=settings.momentum)
-    RunningStatistics([(0, norm)]).update(mean, var, rows)
+    norm = BatchNorm(running_mean, running_var, training=True, momentum=settings.momentum)
+    update_running_statistics([(0, norm)], mean, var, rows)
     return mean, var
 
 
@@ -316,7 +321,7 @@ def _normalise(
     bias: Tensor | None,
     y: Tensor,
 ) -> None:
-    weight, bias = _as_parameter(weight, y), _as_parameter(bias, y)
+    weight, bias = as_parameter(weight, y), as_parameter(bias, y)
     _ops.concat_bn_relu(features, mean, var, weight, bias, settings.eps, y)
     # The kernels write through a pointer, which autograd does not see.
     increment_version(y)
@@ -335,9 +340,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Writes ``grad_features``, the gradients of ``features[i] for i in wanted``."""
     if grad_y.numel() == 0:
-        zeros = mean.new_zeros((2, mean.numel()), dtype=_parameter_type(grad_y))
+        zeros = mean.new_zeros((2, mean.numel()), dtype=parameter_dtype(grad_y.dtype))
         return zeros[0], zeros[1]
-    weight, bias = _as_parameter(weight, grad_y), _as_parameter(bias, grad_y)
+    weight, bias = as_parameter(weight, grad_y), as_parameter(bias, grad_y)
     grad_weight, grad_bias = _ops.concat_bn_relu_backward(
         grad_y,
         features,
@@ -353,20 +358,6 @@ def _gradients(
     return grad_weight, grad_bias
 
 
-def _parameter_type(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def _as_parameter(per_channel: Tensor | None, features: Tensor) -> Tensor | None:
-    """A per-channel tensor as the kernels take it; itself, where it is so already."""
-    if per_channel is None:
-        return None
-    dtype = _parameter_type(features)
-    if per_channel.dtype == dtype and per_channel.is_contiguous():
-        return per_channel
-    return per_channel.to(dtype).contiguous()
-
-
 @torch.library.register_fake("efficient_densenet::concat_bn_stats")
 def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     channels = sum(feature.size(1) for feature in features)
@@ -376,5 +367,5 @@ def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
 def _(grad_y: Tensor, features: object, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    grad_weight = torch.empty_like(mean, dtype=_parameter_type(grad_y))
+    grad_weight = torch.empty_like(mean, dtype=parameter_dtype(grad_y.dtype))
     return grad_weight, torch.empty_like(grad_weight)

@@ -29,12 +29,11 @@ import torch.fx
 from torch import Tensor, nn
 
 from . import functional
-from ._arguments import RECOMPUTE, computed_dtype
+from .arguments import RECOMPUTE, check_choice, computed_dtype
 from .dense_block import DenseLayer, Plan, Pool
 from .densenet import (
     _BATCH_NORMS,
     _batch_norm,
-    _check_choice,
     _in_format,
     _layer_tensors,
     _Plans,
@@ -592,7 +591,7 @@ def convert(
         ValueError: the model has no dense block of a known library; or, with ``strict``, one that
             cannot be converted. Nothing was changed.
     """
-    _check_choice("recompute", recompute, RECOMPUTE)
+    check_choice("recompute", recompute, RECOMPUTE)
     found = dict(_dense_blocks(model))
     if not found:
         raise ValueError(

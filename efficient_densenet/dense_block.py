@@ -22,10 +22,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import _extension  # noqa: F401  registers the operators
-from ._arguments import check_block_arguments, check_more_than_one_value
-from ._once import check_transforms, differentiable_once
-from ._out_of_memory import out_of_memory_as_torch_raises_it
-from .batch_norm import BatchNorm, RunningStatistics
+from .arguments import check_block_arguments, check_more_than_one_value
+from .batch_norm import BatchNorm, update_running_statistics
 from .bn_relu_conv1x1 import (
     Conv1x1,
     choose_conv1x1,
@@ -33,7 +31,9 @@ from .bn_relu_conv1x1 import (
     why_not_tensor_cores,
 )
 from .bn_relu_conv3x3 import why_not_conv3x3
+from .differentiation import check_transforms, differentiable_once
 from .layout import dense_strides, is_channels_last, plain_formats
+from .out_of_memory import out_of_memory_as_torch_raises_it
 
 _ops = torch.ops.efficient_densenet
 
@@ -172,9 +172,7 @@ class Plan:
         # Everything but x and entry that a gradient can be wanted for.
         self.parameters = [*self.weights, *self.biases, *self.conv1, *self.conv2]
         begins = [*statistics_begins(layers), *[0] * self.reads]
-        self.running_statistics = RunningStatistics(
-            [(begin, n) for begin, n in zip(begins, self.norms, strict=True) if n.training]
-        )
+        self.placed_norms = list(zip(begins, self.norms, strict=True))
 
     @torch.compiler.disable  # memory shared between layers is not for a compiler to trace
     def run(self, x: Tensor) -> Tensor:
@@ -277,7 +275,7 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
             not keeps, result if plan.reads else None, plan.pool,
         )  # fmt: skip
     # Last, so that an error leaves them as they were.
-    plan.running_statistics.update(statistics[0], statistics[1], rows)
+    update_running_statistics(plan.placed_norms, statistics[0], statistics[1], rows)
     return _Forward(result, kept, convolved)
 
 

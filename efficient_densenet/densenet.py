@@ -14,7 +14,6 @@ import itertools
 import operator
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -23,7 +22,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from ._arguments import RECOMPUTE, check_tensor, computed_dtype, in_autocast
+from .arguments import (
+    RECOMPUTE,
+    check_block_config,
+    check_bn_size,
+    check_choice,
+    check_drop_rate,
+    check_num_classes,
+    check_number,
+    check_positive,
+    check_spatial_dims,
+    computed_dtype,
+    in_autocast,
+)
 from .batch_norm import BatchNorm
 from .bn_relu_max_pool import bn_relu_max_pool
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
@@ -362,15 +373,15 @@ class DenseBlock(nn.Module):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        _check_positive(
+        check_positive(
             num_layers=num_layers,
             num_input_features=num_input_features,
             growth_rate=growth_rate,
         )
-        _check_bn_size(bn_size)
-        _check_drop_rate(drop_rate)
-        _check_choice("recompute", recompute, RECOMPUTE)
-        _check_choice("spatial_dims", spatial_dims, tuple(_CONVOLUTIONS))
+        check_bn_size(bn_size)
+        check_drop_rate(drop_rate)
+        check_choice("recompute", recompute, RECOMPUTE)
+        check_choice("spatial_dims", spatial_dims, tuple(_CONVOLUTIONS))
         for i in range(num_layers):
             channels = num_input_features + i * growth_rate
             layer = _DenseLayer(channels, growth_rate, bn_size, drop_rate, efficient, spatial_dims)
@@ -581,18 +592,18 @@ class DenseNet(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
-        _check_positive(
+        check_positive(
             growth_rate=growth_rate, num_init_features=num_init_features, in_chans=in_chans
         )
-        _check_block_config(block_config)
-        _check_bn_size(bn_size)
-        _check_number("compression", compression)
+        check_block_config(block_config)
+        check_bn_size(bn_size)
+        check_number("compression", compression)
         if not 0 < compression <= 1:
             raise ValueError(f"compression: expected a number in (0, 1], got {compression}")
-        _check_drop_rate(drop_rate)
-        _check_num_classes(num_classes)
-        _check_choice("recompute", recompute, RECOMPUTE)
-        _check_choice("spatial_dims", spatial_dims, tuple(_CONVOLUTIONS))
+        check_drop_rate(drop_rate)
+        check_num_classes(num_classes)
+        check_choice("recompute", recompute, RECOMPUTE)
+        check_choice("spatial_dims", spatial_dims, tuple(_CONVOLUTIONS))
         self.efficient = efficient
         self.drop_rate = drop_rate
         self.spatial_dims = spatial_dims
@@ -640,7 +651,7 @@ class DenseNet(nn.Module):
         Raises:
             TypeError, ValueError: ``num_classes`` is not an integer or below 0.
         """
-        _check_num_classes(num_classes)
+        check_num_classes(num_classes)
         like = next(self.features.parameters())
         classifier = _classifier(self.num_features, num_classes)
         self.classifier = classifier.to(like.device, like.dtype).train(self.training)
@@ -666,7 +677,7 @@ class DenseNet(nn.Module):
 
     def _last_features(self, x: Tensor, averages: bool) -> Tensor:
         """As :meth:`forward_features`, or its average over each image."""
-        _check_spatial_dims(x, self.spatial_dims)
+        check_spatial_dims(x, self.spatial_dims)
         fuses = self.efficient and not torch.compiler.is_compiling()
         if fuses and _why_called(self.features, nn.Sequential) is None:
             return self._run(x, averages=averages)
@@ -696,7 +707,7 @@ class DenseNet(nn.Module):
         Raises:
             ValueError: ``x`` has another number of dimensions.
         """
-        _check_spatial_dims(x, self.spatial_dims)
+        check_spatial_dims(x, self.spatial_dims)
         intermediates: list[Tensor] = []
         last = self._run(x, intermediates)
         return last, [*intermediates, last]
@@ -816,60 +827,3 @@ def _classifier(num_features: int, num_classes: int) -> nn.Module:
 def _size(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
     """A window's size, stride or padding as one number where it is the same in all dimensions."""
     return size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
-
-
-def _check_spatial_dims(x: Tensor, spatial_dims: int) -> None:
-    check_tensor("x", x)
-    # Channels are left to the first convolution: its message is clear, and it may be replaced.
-    if x.dim() != 2 + spatial_dims:
-        raise ValueError(
-            f"x: expected [N, C, *spatial] with {spatial_dims} spatial dimensions, got shape "
-            f"{list(x.shape)}"
-        )
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if not _is_integer(value):
-            raise TypeError(f"{name}: expected a positive integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value}")
-
-
-def _check_bn_size(bn_size: int | None) -> None:
-    if bn_size is not None:
-        _check_positive(bn_size=bn_size)
-
-
-def _check_block_config(block_config: Sequence[int]) -> None:
-    is_sequence = isinstance(block_config, Sequence) and all(map(_is_integer, block_config))
-    if not is_sequence or not block_config or min(block_config) < 1:
-        error = ValueError if is_sequence else TypeError
-        raise error(f"block_config: expected at least one positive integer, got {block_config!r}")
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if not _is_integer(num_classes):
-        raise TypeError(f"num_classes: expected an integer, got {num_classes!r}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes: expected 0 or more, got {num_classes}")
-
-
-def _check_drop_rate(drop_rate: float) -> None:
-    _check_number("drop_rate", drop_rate)
-    if not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import computed_dtype
-from .batch_norm import BatchNorm, RunningStatistics
+from .arguments import computed_dtype
+from .batch_norm import BatchNorm, update_running_statistics
 from .dense_block import (
     DenseLayer,
     Plan,
@@ -85,7 +85,7 @@ def dense_block(
     begins = zip(statistics_begins(layers), norms, strict=True)
     trained = [(begin, norm) for begin, norm in begins if norm.training]
     mean, var = outputs[2].detach().unbind(0)
-    RunningStatistics(trained).update_traced(mean, var, x.numel() // x.size(1))
+    update_running_statistics(trained, mean, var, x.numel() // x.size(1))
     result: Tensor = outputs[0]
     return result.to(torch.promote_types(given, dtype))
 

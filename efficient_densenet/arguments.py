@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +38,7 @@ def check_arguments(
     per_channel = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     for name, tensor in per_channel.items():
         if tensor is not None:
-            _check_per_channel(name, tensor, channels, dtype, features[0].device)
+            check_per_channel(name, tensor, channels, dtype, features[0].device)
     _check_numbers(training, momentum, eps)
     if training:
         check_more_than_one_value(features[0], channels)
@@ -58,7 +59,7 @@ def _check_features(features: Sequence[Tensor]) -> None:
     for i, feature in enumerate(features):
         check_tensor(f"features[{i}]", feature)
     first = features[0]
-    _check_images("features[0]", first, fewest_spatial_dims=0)
+    check_images("features[0]", first, fewest_spatial_dims=0)
     without_channels = _without_channels(first)
     for i, feature in enumerate(features):
         if _without_channels(feature) != without_channels:
@@ -78,7 +79,7 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {_type(value)}")
 
 
-def _check_images(name: str, x: Tensor, fewest_spatial_dims: int) -> None:
+def check_images(name: str, x: Tensor, fewest_spatial_dims: int) -> None:
     if not 2 + fewest_spatial_dims <= x.dim() <= 5:
         raise ValueError(
             f"{name}: expected [N, C, *spatial] with {fewest_spatial_dims} to 3 spatial "
@@ -88,7 +89,7 @@ def _check_images(name: str, x: Tensor, fewest_spatial_dims: int) -> None:
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {x.device}")
 
 
-def _check_dtype(name: str, x: Tensor) -> None:
+def check_dtype(name: str, x: Tensor) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {x.dtype}")
 
@@ -100,7 +101,7 @@ def _without_channels(feature: Tensor) -> tuple[int, ...]:
 
 def _check_dtypes(features: Sequence[Tensor]) -> torch.dtype:
     for i, feature in enumerate(features):
-        _check_dtype(f"features[{i}]", feature)
+        check_dtype(f"features[{i}]", feature)
     dtypes = [computed_dtype(feature) for feature in features]
     for i, dtype in enumerate(dtypes):
         if dtype != dtypes[0]:
@@ -108,7 +109,7 @@ def _check_dtypes(features: Sequence[Tensor]) -> torch.dtype:
     return dtypes[0]
 
 
-def _check_per_channel(
+def check_per_channel(
     name: str, tensor: Any, channels: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     if not isinstance(tensor, Tensor):
@@ -127,8 +128,7 @@ def _check_per_channel(
 
 
 def _check_numbers(training: bool, momentum: float, eps: float) -> None:
-    if not isinstance(training, bool):
-        raise TypeError(f"training: expected a bool, got {_type(training)}")
+    check_bool("training", training)
     for name, value in (("momentum", momentum), ("eps", eps)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {_type(value)}")
@@ -147,14 +147,14 @@ def check_more_than_one_value(first: Tensor, channels: int) -> None:
 def check_pooling_arguments(x: Tensor, norm: BatchNorm) -> torch.dtype:
     """The dtype of a max-pooled batch norm of x, or an error that names the wrong argument."""
     check_tensor("x", x)
-    _check_images("x", x, fewest_spatial_dims=1)
+    check_images("x", x, fewest_spatial_dims=1)
     if x.shape[1:].numel() == 0:
         raise ValueError(f"x: expected channels and pixels, got shape {list(x.shape)}")
-    _check_dtype("x", x)
+    check_dtype("x", x)
     if not isinstance(norm, BatchNorm):
         raise TypeError(f"norm: expected a BatchNorm, got {_type(norm)}")
     dtype = computed_dtype(x)
-    _check_norm("norm", norm, x.size(1), x, dtype)
+    check_norm("norm", norm, x.size(1), x, dtype)
     if norm.training:
         check_more_than_one_value(x, x.size(1))
     return dtype
@@ -170,7 +170,7 @@ def check_block_arguments(
 ) -> torch.dtype:
     """The dtype of the features of a dense block, or an error that names the wrong argument."""
     check_tensor("x", x)
-    _check_images("x", x, fewest_spatial_dims=1)
+    check_images("x", x, fewest_spatial_dims=1)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: expected one of {RECOMPUTE}, got {recompute!r}")
     if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)):
@@ -184,12 +184,12 @@ def check_block_arguments(
     for i, layer in enumerate(layers):
         if not hasattr(layer, "conv2"):
             raise TypeError(f"layers[{i}]: expected a DenseLayer, got {_type(layer)}")
-    _check_dtype("x", x)
+    check_dtype("x", x)
     dtype = computed_dtype(x)
     channels, first = x.size(1), layers[0].conv2
     reads = getattr(layers[0].conv1, "shape", (0, channels))[1]
     if entry is not None:
-        _check_weight("entry", entry, (reads, channels, *(1,) * (x.dim() - 2)), x, dtype)
+        check_weight("entry", entry, (reads, channels, *(1,) * (x.dim() - 2)), x, dtype)
         if drop_rate > 0:
             raise ValueError(f"entry: expected None with dropout, got drop_rate {drop_rate}")
         channels = reads
@@ -200,11 +200,11 @@ def check_block_arguments(
     for i, layer in enumerate(layers):
         name = f"layers[{i}]"
         _check_convolutions(name, layer, channels, first, x, dtype)
-        _check_norm(f"{name}.norm1", layer.norm1, channels, x, dtype)
-        _check_norm(f"{name}.norm2", layer.norm2, first.size(1), x, dtype)
+        check_norm(f"{name}.norm1", layer.norm1, channels, x, dtype)
+        check_norm(f"{name}.norm2", layer.norm2, first.size(1), x, dtype)
         channels += first.size(0)
     if reader is not None:
-        _check_norm("reader", reader, channels, x, dtype)
+        check_norm("reader", reader, channels, x, dtype)
     return dtype
 
 
@@ -230,9 +230,9 @@ def _check_convolutions(
     name: str, layer: DenseLayer, channels: int, first: Tensor, x: Tensor, dtype: torch.dtype
 ) -> None:
     bottleneck, ones = first.size(1), (1,) * (x.dim() - 2)
-    _check_weight(f"{name}.conv1", layer.conv1, (bottleneck, channels, *ones), x, dtype)
+    check_weight(f"{name}.conv1", layer.conv1, (bottleneck, channels, *ones), x, dtype)
     kernel = tuple(layer.conv2.shape[2:])
-    _check_weight(f"{name}.conv2", layer.conv2, tuple(first.shape), x, dtype)
+    check_weight(f"{name}.conv2", layer.conv2, tuple(first.shape), x, dtype)
     if len(kernel) != x.dim() - 2 or any(size % 2 == 0 for size in kernel):
         raise ValueError(
             f"{name}.conv2: expected [k, B, *kernel] with {x.dim() - 2} odd kernel sizes, got "
@@ -240,7 +240,7 @@ def _check_convolutions(
         )
 
 
-def _check_weight(
+def check_weight(
     name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
 ) -> None:
     check_tensor(name, weight)
@@ -253,11 +253,11 @@ def _check_weight(
         raise ValueError(f"{name}: expected device {x.device} of x, got {weight.device}")
 
 
-def _check_norm(name: str, norm: BatchNorm, channels: int, x: Tensor, dtype: torch.dtype) -> None:
+def check_norm(name: str, norm: BatchNorm, channels: int, x: Tensor, dtype: torch.dtype) -> None:
     for field in ("running_mean", "running_var", "weight", "bias"):
         tensor = getattr(norm, field)
         if tensor is not None:
-            _check_per_channel(f"{name}.{field}", tensor, channels, dtype, x.device)
+            check_per_channel(f"{name}.{field}", tensor, channels, dtype, x.device)
         elif field.startswith("running") and not norm.training:
             raise ValueError(f"{name}.{field}: expected a tensor when training=False, got None")
     if not norm.eps > 0:
@@ -266,3 +266,65 @@ def _check_norm(name: str, norm: BatchNorm, channels: int, x: Tensor, dtype: tor
 
 def _type(value: object) -> str:
     return type(value).__name__
+
+
+def check_spatial_dims(x: Tensor, spatial_dims: int) -> None:
+    check_tensor("x", x)
+    # Channels are left to the first convolution: its message is clear, and it may be replaced.
+    if x.dim() != 2 + spatial_dims:
+        raise ValueError(
+            f"x: expected [N, C, *spatial] with {spatial_dims} spatial dimensions, got shape "
+            f"{list(x.shape)}"
+        )
+
+
+def check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if not _is_integer(value):
+            raise TypeError(f"{name}: expected a positive integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value}")
+
+
+def check_bn_size(bn_size: int | None) -> None:
+    if bn_size is not None:
+        check_positive(bn_size=bn_size)
+
+
+def check_block_config(block_config: Sequence[int]) -> None:
+    is_sequence = isinstance(block_config, Sequence) and all(map(_is_integer, block_config))
+    if not is_sequence or not block_config or min(block_config) < 1:
+        error = ValueError if is_sequence else TypeError
+        raise error(f"block_config: expected at least one positive integer, got {block_config!r}")
+
+
+def check_num_classes(num_classes: int) -> None:
+    if not _is_integer(num_classes):
+        raise TypeError(f"num_classes: expected an integer, got {num_classes!r}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes: expected 0 or more, got {num_classes}")
+
+
+def check_drop_rate(drop_rate: float) -> None:
+    check_number("drop_rate", drop_rate)
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
