@@ -21,33 +21,23 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_arguments(
-    features: Sequence[Tensor],
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    storage: SharedStorage | None,
+    features: Sequence[Tensor], norm: BatchNorm, storage: SharedStorage | None, synchronised: bool
 ) -> torch.dtype:
-    """The dtype of the result, or an error that names the argument that is wrong."""
+    """The dtype of the result, or an error that names the argument that is wrong.
+
+    Args:
+        synchronised: other processes have values as well, so one may be enough here.
+    """
     _check_features(features)
     dtype = _check_dtypes(features)
     channels = sum(feature.size(1) for feature in features)
-    per_channel = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    for name, tensor in per_channel.items():
-        if tensor is not None:
-            check_per_channel(name, tensor, channels, dtype, features[0].device)
-    _check_numbers(training, momentum, eps)
-    if training:
-        check_more_than_one_value(features[0], channels)
-    else:
-        for name in ("running_mean", "running_var"):
-            if per_channel[name] is None:
-                raise ValueError(f"{name}: expected a tensor when training=False, got None")
+    if norm.momentum is None:
+        raise TypeError("momentum: expected a number, got NoneType")
+    check_norm("", norm, channels, features[0], dtype)
     if storage is not None and not isinstance(storage, SharedStorage):
         raise TypeError(f"storage: expected a SharedStorage or None, got {_type(storage)}")
+    if norm.training and not synchronised:
+        check_more_than_one_value(features[0], channels)
     return dtype
 
 
@@ -109,7 +99,7 @@ def _check_dtypes(features: Sequence[Tensor]) -> torch.dtype:
     return dtypes[0]
 
 
-def check_per_channel(
+def _check_per_channel(
     name: str, tensor: Any, channels: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     if not isinstance(tensor, Tensor):
@@ -127,15 +117,6 @@ def check_per_channel(
         raise ValueError(f"{name}: expected device {device} of the features, got {tensor.device}")
 
 
-def _check_numbers(training: bool, momentum: float, eps: float) -> None:
-    check_bool("training", training)
-    for name, value in (("momentum", momentum), ("eps", eps)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {_type(value)}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number > 0, got {eps}")
-
-
 def check_more_than_one_value(first: Tensor, channels: int) -> None:
     size = torch.Size([first.size(0), channels, *first.shape[2:]])
     if first.size(0) * first.shape[2:].numel() == 1:  # the wording of F.batch_norm
@@ -148,15 +129,15 @@ def check_pooling_arguments(x: Tensor, norm: BatchNorm) -> torch.dtype:
     """The dtype of a max-pooled batch norm of x, or an error that names the wrong argument."""
     check_tensor("x", x)
     check_images("x", x, fewest_spatial_dims=1)
-    if x.shape[1:].numel() == 0:
-        raise ValueError(f"x: expected channels and pixels, got shape {list(x.shape)}")
     check_dtype("x", x)
     if not isinstance(norm, BatchNorm):
         raise TypeError(f"norm: expected a BatchNorm, got {_type(norm)}")
     dtype = computed_dtype(x)
-    check_norm("norm", norm, x.size(1), x, dtype)
+    check_norm("norm.", norm, x.size(1), x, dtype)
     if norm.training:
         check_more_than_one_value(x, x.size(1))
+    if x.shape[1:].numel() == 0:  # the type of the error of torch's max pooling
+        raise RuntimeError(f"x: expected channels and pixels, got shape {list(x.shape)}")
     return dtype
 
 
@@ -173,21 +154,20 @@ def check_block_arguments(
     check_images("x", x, fewest_spatial_dims=1)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: expected one of {RECOMPUTE}, got {recompute!r}")
-    if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)):
-        raise TypeError(f"drop_rate: expected a number, got {_type(drop_rate)}")
-    if not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+    check_drop_rate(drop_rate)
     if not isinstance(layers, (list, tuple)):
         raise TypeError(f"layers: expected a list or tuple of DenseLayer, got {_type(layers)}")
     if not layers:
         raise ValueError("layers: expected at least one, got none")
     for i, layer in enumerate(layers):
-        if not hasattr(layer, "conv2"):
+        if not all(hasattr(layer, field) for field in ("norm1", "conv1", "norm2", "conv2")):
             raise TypeError(f"layers[{i}]: expected a DenseLayer, got {_type(layer)}")
     check_dtype("x", x)
     dtype = computed_dtype(x)
+    for i, layer in enumerate(layers):
+        _check_dims(f"layers[{i}]", layer, x)
     channels, first = x.size(1), layers[0].conv2
-    reads = getattr(layers[0].conv1, "shape", (0, channels))[1]
+    reads = layers[0].conv1.size(1)
     if entry is not None:
         check_weight("entry", entry, (reads, channels, *(1,) * (x.dim() - 2)), x, dtype)
         if drop_rate > 0:
@@ -200,12 +180,34 @@ def check_block_arguments(
     for i, layer in enumerate(layers):
         name = f"layers[{i}]"
         _check_convolutions(name, layer, channels, first, x, dtype)
-        check_norm(f"{name}.norm1", layer.norm1, channels, x, dtype)
-        check_norm(f"{name}.norm2", layer.norm2, first.size(1), x, dtype)
+        check_norm(f"{name}.norm1.", layer.norm1, channels, x, dtype)
+        check_norm(f"{name}.norm2.", layer.norm2, first.size(1), x, dtype)
         channels += first.size(0)
     if reader is not None:
-        check_norm("reader", reader, channels, x, dtype)
+        check_norm("reader.", reader, channels, x, dtype)
     return dtype
+
+
+def _check_dims(name: str, layer: DenseLayer, x: Tensor) -> None:
+    """Numbers of dimensions come first: an image without a batch has wrong channels as well."""
+    for field in ("conv1", "conv2"):
+        weight = getattr(layer, field)
+        check_tensor(f"{name}.{field}", weight)
+        if not 3 <= weight.dim() <= 5:
+            raise ValueError(
+                f"{name}.{field}: expected the weight of a convolution in 1 to 3 dimensions, got "
+                f"shape {list(weight.shape)}"
+            )
+    if layer.conv1.dim() != layer.conv2.dim():
+        raise ValueError(
+            f"{name}.conv2: expected {layer.conv1.dim() - 2} spatial dimensions as those of "
+            f"{name}.conv1, got shape {list(layer.conv2.shape)}"
+        )
+    if x.dim() != layer.conv1.dim():
+        raise ValueError(
+            f"x: expected [N, C, *spatial] with {layer.conv1.dim() - 2} spatial dimensions as "
+            f"{name}.conv1, got shape {list(x.shape)}"
+        )
 
 
 def in_autocast(x: Tensor) -> bool:
@@ -229,15 +231,21 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def _check_convolutions(
     name: str, layer: DenseLayer, channels: int, first: Tensor, x: Tensor, dtype: torch.dtype
 ) -> None:
-    bottleneck, ones = first.size(1), (1,) * (x.dim() - 2)
-    check_weight(f"{name}.conv1", layer.conv1, (bottleneck, channels, *ones), x, dtype)
-    kernel = tuple(layer.conv2.shape[2:])
-    check_weight(f"{name}.conv2", layer.conv2, tuple(first.shape), x, dtype)
-    if len(kernel) != x.dim() - 2 or any(size % 2 == 0 for size in kernel):
+    """``first``: the second convolution of the first layer, whose shape all layers share."""
+    (growth, bottleneck, *kernel), shape = first.shape, list(layer.conv2.shape)
+    if any(size % 2 == 0 for size in kernel) or 0 in (growth, bottleneck):
         raise ValueError(
             f"{name}.conv2: expected [k, B, *kernel] with {x.dim() - 2} odd kernel sizes, got "
-            f"shape {list(layer.conv2.shape)}"
+            f"shape {shape}"
         )
+    if layer.conv1.size(0) != bottleneck:
+        raise ValueError(
+            f"{name}.conv1: expected as many results as the {bottleneck} channels that "
+            f"layers[0].conv2 reads, got shape {list(layer.conv1.shape)}"
+        )
+    ones = (1,) * (x.dim() - 2)
+    check_weight(f"{name}.conv1", layer.conv1, (bottleneck, channels, *ones), x, dtype)
+    check_weight(f"{name}.conv2", layer.conv2, tuple(first.shape), x, dtype)
 
 
 def check_weight(
@@ -253,15 +261,75 @@ def check_weight(
         raise ValueError(f"{name}: expected device {x.device} of x, got {weight.device}")
 
 
-def check_norm(name: str, norm: BatchNorm, channels: int, x: Tensor, dtype: torch.dtype) -> None:
+def check_norm(prefix: str, norm: BatchNorm, channels: int, x: Tensor, dtype: torch.dtype) -> None:
+    """Raises an error that names the field that is wrong, with ``prefix`` before its name.
+
+    Args:
+        channels: of what the norm reads.
+        x: a tensor on the device where it runs.
+        dtype: of what the norm reads, as it is computed.
+    """
+    _check_norm_numbers(prefix, norm)
+    given = []
     for field in ("running_mean", "running_var", "weight", "bias"):
         tensor = getattr(norm, field)
         if tensor is not None:
-            check_per_channel(f"{name}.{field}", tensor, channels, dtype, x.device)
-        elif field.startswith("running") and not norm.training:
-            raise ValueError(f"{name}.{field}: expected a tensor when training=False, got None")
-    if not norm.eps > 0:
-        raise ValueError(f"{name}.eps: expected a number > 0, got {norm.eps}")
+            _check_per_channel(f"{prefix}{field}", tensor, channels, dtype, x.device)
+            given.append((field, tensor))
+    for field, tensor in given[1:]:  # as torch's, the norm has one dtype
+        if tensor.dtype != given[0][1].dtype:
+            raise TypeError(
+                f"{prefix}{field}: expected {given[0][1].dtype} of {prefix}{given[0][0]}, got "
+                f"{tensor.dtype}"
+            )
+    _check_running_statistics(prefix, norm, x.device)
+    if channels == 0 and not (norm.weight is None and norm.bias is None):
+        # Torch's batch norm raises this type of error; without weight and bias it accepts that.
+        raise IndexError(f"{prefix}weight: expected at least one channel, got none")
+
+
+def _check_norm_numbers(prefix: str, norm: BatchNorm) -> None:
+    check_bool(f"{prefix}training", norm.training)
+    if norm.momentum is not None:
+        check_number(f"{prefix}momentum", norm.momentum)
+    check_number(f"{prefix}eps", norm.eps)
+    # As torch, which takes 0 in evaluation, where the variances are known.
+    if not (norm.eps > 0 or (norm.eps == 0 and not norm.training)):
+        raise ValueError(f"{prefix}eps: expected a number > 0, got {norm.eps}")
+
+
+def _check_running_statistics(prefix: str, norm: BatchNorm, device: torch.device) -> None:
+    running = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    missing = [field for field, tensor in running.items() if tensor is None]
+    if missing and not norm.training:
+        raise ValueError(f"{prefix}{missing[0]}: expected a tensor when training=False, got None")
+    if len(missing) == 1:
+        raise ValueError(
+            f"{prefix}{missing[0]}: running_mean and running_var must either both be None or "
+            "neither be None"
+        )
+    for field, tensor in running.items():
+        if tensor is None:
+            continue
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{prefix}{field}: expected a tensor that does not require grad")
+        if norm.training and tensor.numel() > 1 and tensor.stride(0) == 0:
+            raise ValueError(
+                f"{prefix}{field}: expected memory of its own for each channel, because it is "
+                "updated in place; got an expanded tensor"
+            )
+    if norm.training and norm.num_batches_tracked is not None:
+        _check_count(f"{prefix}num_batches_tracked", norm.num_batches_tracked, device)
+
+
+def _check_count(name: str, count: Any, device: torch.device) -> None:
+    check_tensor(name, count)
+    if count.dtype != torch.int64 or count.numel() != 1:
+        raise TypeError(
+            f"{name}: expected one int64 number, got {count.dtype} of shape {list(count.shape)}"
+        )
+    if count.device != device:
+        raise ValueError(f"{name}: expected device {device} of the features, got {count.device}")
 
 
 def _type(value: object) -> str:
@@ -313,12 +381,13 @@ def check_drop_rate(drop_rate: float) -> None:
 
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {value!r}")
+        raise TypeError(f"{name}: expected a bool, got {_type(value)}")
 
 
 def check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+        shown = repr(value) if isinstance(value, (str, bool)) else _type(value)
+        raise TypeError(f"{name}: expected a number, got {shown}")
 
 
 def _is_integer(value: object) -> bool:

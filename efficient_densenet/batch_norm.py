@@ -46,8 +46,13 @@ def update_running_statistics(
     Args:
         norms: each with its first channel among those of mean and var; frozen norms are skipped.
         mean, var: float64 statistics of the batch, of all channels; var is biased.
-        rows: values per channel.
+        rows: values per channel. An empty batch is counted and moves nothing else.
     """
+    if rows == 0:
+        for _, norm in norms:
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+        return
     begins: list[int] = []
     momenta: list[float] = []
     running_mean: list[Tensor] = []

@@ -31,7 +31,7 @@ from .bn_relu_conv1x1 import (
     why_not_tensor_cores,
 )
 from .bn_relu_conv3x3 import why_not_conv3x3
-from .differentiation import check_transforms, differentiable_once
+from .differentiation import check_transforms
 from .layout import dense_strides, is_channels_last, plain_formats
 from .out_of_memory import out_of_memory_as_torch_raises_it
 
@@ -305,7 +305,7 @@ class _DenseBlock(torch.autograd.Function):
         return result
 
     @staticmethod
-    @differentiable_once("dense_block")
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_result: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_result is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -124,7 +124,7 @@ WRONG = {
     "eps negative": (dict(eps=-1), ValueError, "eps: expected a number > 0, got -1"),
     "eps nan": (dict(eps=float("nan")), ValueError, "eps: expected a number > 0, got nan"),
     "momentum type": (dict(momentum=None), TypeError, "momentum: expected a number, got NoneType"),
-    "training type": (dict(training="yes"), TypeError, "training: expected a bool, got 'yes'"),
+    "training type": (dict(training="yes"), TypeError, "training: expected a bool, got str"),
     "storage type": (
         dict(storage=[]),
         TypeError,
