@@ -35,58 +35,75 @@ class BatchNorm(NamedTuple):
     num_batches_tracked: Tensor | None = None
 
 
-class RunningStatistics:
-    """The running statistics of several norms, which move by one batch in one launch.
+def update_running_statistics(
+    norms: Sequence[tuple[int, BatchNorm]], mean: Tensor, var: Tensor, rows: int
+) -> None:
+    """Moves the running statistics of several norms by one batch, in one launch.
 
     Their versions stay, as with torch's batch norm. That keeps them for its backward pass, which it
     would refuse where a norm runs once as a plain module and once here.
 
     Args:
-        norms: training norms, each with its first channel among those of :meth:`update`.
+        norms: each with its first channel among those of mean and var; frozen norms are skipped.
+        mean, var: float64 statistics of the batch, of all channels; var is biased.
+        rows: values per channel. An empty batch is counted and moves nothing else.
     """
-
-    def __init__(self, norms: Sequence[tuple[int, BatchNorm]]) -> None:
-        self._begins: list[int] = []
-        self._momenta: list[float] = []
-        # Means, variances, counts; an empty tensor stands for none.
-        self._tensors: tuple[list[Tensor], ...] = ([], [], [])
-        for begin, norm in norms:
-            tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
-            present = [tensor for tensor in tracked if tensor is not None]
-            if not present:
-                continue
-            self._begins.append(begin)
-            self._momenta.append(math.nan if norm.momentum is None else norm.momentum)
-            for tensors, tensor, dtype in zip(
-                self._tensors, tracked, (None, None, torch.int64), strict=True
-            ):
-                tensors.append(present[0].new_empty(0, dtype=dtype) if tensor is None else tensor)
-        self._all = [tensor for tensors in self._tensors for tensor in tensors]
-        self._is_contiguous = all(tensor.is_contiguous() for tensor in self._all)
-
-    def update_traced(self, mean: Tensor, var: Tensor, rows: int) -> None:
-        """:meth:`update` as one node of a compiler's graph."""
-        if self._begins:
-            self._move(mean, var, rows, self._tensors)
-
-    def _move(self, mean: Tensor, var: Tensor, rows: int, tensors: Sequence[list[Tensor]]) -> None:
+    if rows == 0:
+        for _, norm in norms:
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+        return
+    begins: list[int] = []
+    momenta: list[float] = []
+    running_mean: list[Tensor] = []
+    running_var: list[Tensor] = []
+    counts: list[Tensor] = []
+    copies = _Copies()
+    for begin, norm in norms:
+        tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if not norm.training or all(tensor is None for tensor in tracked):
+            continue
+        begins.append(begin)
+        momenta.append(math.nan if norm.momentum is None else float(norm.momentum))
+        running_mean.append(copies.contiguous(norm.running_mean, mean))
+        running_var.append(copies.contiguous(norm.running_var, var))
+        counts.append(copies.contiguous(norm.num_batches_tracked, mean, torch.int64))
+    if begins:
         torch.ops.efficient_densenet.update_running_statistics(
-            mean, var, rows, self._begins, *tensors, self._momenta
+            mean, var, rows, begins, running_mean, running_var, counts, momenta
         )
+        copies.write_back()
 
-    def update(self, mean: Tensor, var: Tensor, rows: int) -> None:
-        """Moves them by a batch.
 
-        Args:
-            mean, var: float64 statistics of the batch, of all channels; var is biased.
-            rows: values per channel.
-        """
-        if not self._begins:
-            return
-        tensors: Sequence[list[Tensor]] = self._tensors
-        if not self._is_contiguous:  # which the kernels want
-            tensors = [[tensor.contiguous() for tensor in part] for part in tensors]
-        self._move(mean, var, rows, tensors)
-        if not self._is_contiguous:
-            for tensor, used in zip(self._all, sum(tensors, []), strict=True):
-                tensor.data.copy_(used)
+class _Copies:
+    """Buffers as the kernels take them, which is contiguous; the others by way of a copy."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def contiguous(
+        self, buffer: Tensor | None, like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """An empty tensor stands for a buffer that the norm does not have."""
+        if buffer is None:
+            return like.new_empty(0, dtype=dtype or torch.float32)
+        if buffer.is_contiguous():
+            return buffer
+        # One copy for a buffer that two norms share: it moves twice.
+        return self._copies.setdefault(id(buffer), (buffer, buffer.contiguous()))[1]
+
+    def write_back(self) -> None:
+        for buffer, copy in self._copies.values():
+            buffer.data.copy_(copy)
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the kernels take per-channel numbers, for features of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_parameter(per_channel: Tensor | None, features: Tensor) -> Tensor | None:
+    """A per-channel tensor as the kernels take it; itself, where it is so already."""
+    if per_channel is None:
+        return None
+    return per_channel.to(parameter_dtype(features.dtype)).contiguous()

@@ -1,27 +1,40 @@
 """``max_pool(relu(batch_norm(x)))`` in one pass that keeps neither of what is between.
 
 The operators ``torch.ops.efficient_densenet.bn_relu_max_pool*`` (csrc/bn_relu_max_pool.cpp) do the
-arithmetic; this module adds arguments' checks, autograd and autocast.
+arithmetic; this module adds arguments' checks, autograd and autocast. A compiler sees two operators
+that mutate nothing, ``functional_bn_relu_max_pool`` and its backward. An eager call has the same
+two functions behind an autograd function, which costs less time per call.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _extension  # noqa: F401  registers the operators
-from ._arguments import check_pooling_arguments
-from ._once import check_transforms, differentiable_once
-from .batch_norm import BatchNorm, RunningStatistics
-from .concat_bn_relu import _as_parameter, _parameter_type
+from .arguments import check_pooling_arguments
+from .batch_norm import (
+    BatchNorm,
+    as_parameter,
+    parameter_dtype,
+    update_running_statistics,
+)
+from .differentiation import (
+    backward_pass,
+    check_transforms,
+    raise_second_derivative,
+    refuse_second_derivatives,
+)
 from .layout import dense_strides, is_channels_last
 
 _ops = torch.ops.efficient_densenet
 
 
-@torch.compiler.disable
 def bn_relu_max_pool(x: Tensor, norm: BatchNorm) -> Tensor:
     """``F.max_pool2d(F.relu(batch_norm(x, norm)), 3, stride=2, padding=1)`` as one operator.
 
@@ -40,16 +53,30 @@ def bn_relu_max_pool(x: Tensor, norm: BatchNorm) -> Tensor:
         ``[N, C, *pooled]``, half of each spatial size, rounded up; channels-last if x is.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument is wrong; nothing was changed.
+        TypeError, ValueError, IndexError, RuntimeError: an argument is wrong; nothing was changed.
     """
+    tensors = (x, *norm[:4]) if isinstance(norm, BatchNorm) else (x,)
+    if has_torch_function(tensors):
+        result: Tensor = handle_torch_function(bn_relu_max_pool, tensors, x, norm)
+        return result
     dtype = check_pooling_arguments(x, norm)
     differentiable = x, norm.weight, norm.bias
     check_transforms("bn_relu_max_pool", *differentiable)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        result: Tensor = _BNReLUMaxPool.apply(norm, dtype, *differentiable)
-        return result
-    with torch.no_grad():
-        return _forward(norm, x.to(dtype), keeps=False).y
+    running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+    inputs = *differentiable, *running, float(norm.eps)
+    y: Tensor
+    if torch.compiler.is_compiling():
+        inputs = x.to(dtype), *inputs[1:]
+        y, mean, var, _ = _ops.functional_bn_relu_max_pool(*inputs)
+        mean, var = mean.detach(), var.detach()
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        y, mean, var, _ = _BNReLUMaxPool.apply(dtype, *inputs)
+    else:
+        with torch.no_grad():
+            y, mean, var, _ = _forward(False, x.to(dtype), *inputs[1:])
+    if norm.training:  # last, so that an error leaves them as they were
+        update_running_statistics([(0, norm)], mean, var, x.size(0) * math.prod(x.shape[2:]))
+    return y
 
 
 class _Forward(NamedTuple):
@@ -59,82 +86,183 @@ class _Forward(NamedTuple):
     winners: Tensor | None  # which place of its window each element of y comes from
 
 
+def _forward(
+    keeps_winners: bool,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+) -> _Forward:
+    """Without running statistics, those of the batch."""
+    y, mean, var, winners = _allocate(x, keeps_winners)
+    if x.numel() == 0:
+        return _Forward(y, mean.fill_(1), var.fill_(1), winners)
+    if running_mean is None or running_var is None:
+        mean, var = _ops.concat_bn_stats([x])
+    else:
+        mean.copy_(running_mean)
+        var.copy_(running_var)
+    weight, bias = as_parameter(weight, x), as_parameter(bias, x)
+    _ops.bn_relu_max_pool(x, mean, var, weight, bias, eps, y, winners)
+    return _Forward(y, mean, var, winners)
+
+
+def _allocate(x: Tensor, keeps_winners: bool) -> _Forward:
+    sizes = [*x.shape[:2], *((size + 1) // 2 for size in x.shape[2:])]
+    strides = dense_strides(sizes, is_channels_last(x))
+    y = x.new_empty_strided(sizes, strides)
+    mean, var = (x.new_empty(x.size(1), dtype=torch.float64) for _ in range(2))
+    winners = x.new_empty_strided(sizes, strides, dtype=torch.uint8) if keeps_winners else None
+    return _Forward(y, mean, var, winners)
+
+
+def _backward(
+    grad_y: Tensor,
+    winners: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (of the dtype of ``grad_y``), weight and bias. Any strides come in."""
+    x = x.to(grad_y.dtype)
+    grad_x = torch.empty_like(x)
+    if grad_y.numel() == 0:
+        zeros = mean.new_zeros((2, mean.numel()), dtype=parameter_dtype(x.dtype))
+        return grad_x, zeros[0], zeros[1].clone()
+    strides = dense_strides(grad_y.shape, is_channels_last(x))
+    grad_weight, grad_bias = _ops.bn_relu_max_pool_backward(
+        _with_strides(grad_y, strides), _with_strides(winners, strides), x, mean.contiguous(),
+        var.contiguous(), as_parameter(weight, x), as_parameter(bias, x), eps, training, grad_x,
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias
+
+
+def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    if list(tensor.stride()) == list(strides):
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def _cast_needed(
+    gradients: Sequence[Tensor], inputs: Sequence[Tensor], needs_grad: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients in the dtypes of x, weight and bias, where they are needed."""
+    found = zip(gradients, inputs, needs_grad, strict=True)
+    return [gradient.to(x.dtype) if needs else None for gradient, x, needs in found]
+
+
 class _BNReLUMaxPool(torch.autograd.Function):
-    """Saves x, weight, bias, mean, var and a byte per element of the result."""
+    """Saves x, weight, bias, mean, var and a byte per element of the result.
+
+    Its last result is empty: see :func:`refuse_second_derivatives`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        norm: BatchNorm,
         dtype: torch.dtype,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-    ) -> Tensor:
-        y, mean, var, winners = _forward(norm, x.to(dtype), keeps=True)
-        ctx.norm_eps, ctx.norm_training = float(norm.eps), norm.training
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        inputs = weight, bias, running_mean, running_var, eps
+        y, mean, var, winners = _forward(True, x.to(dtype), *inputs)
+        token = y.new_empty(0)
+        ctx.eps, ctx.training = eps, running_mean is None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, mean, var, winners)
-        return y
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(winners, x, weight, bias, mean, var, token)
+        return y, mean, var, token
 
     @staticmethod
-    @differentiable_once("bn_relu_max_pool")
-    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return (None,) * 5
-        x, weight, bias, mean, var, winners = ctx.saved_tensors
-        used = x.to(grad_y.dtype)
-        grad_x = torch.empty_like(used)
-        if grad_y.numel() == 0:
-            numbers = mean.new_zeros((2, mean.numel()), dtype=_parameter_type(used))
-        else:
-            if grad_y.stride() != winners.stride():
-                grad_y = torch.empty_like(winners, dtype=grad_y.dtype).copy_(grad_y)
-            numbers = _ops.bn_relu_max_pool_backward(
-                grad_y,
-                winners,
-                used,
-                mean,
-                var,
-                _as_parameter(weight, used),
-                _as_parameter(bias, used),
-                ctx.norm_eps,
-                ctx.norm_training,
-                grad_x,
+            return (None,) * len(ctx.needs_input_grad)
+        with backward_pass("bn_relu_max_pool"):
+            winners, *inputs, mean, var, token = ctx.saved_tensors
+            x, weight, bias = inputs
+            gradients = _backward(
+                grad_y, winners, x, weight, bias, mean, var, ctx.eps, ctx.training
             )
-        _, _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            None,
-            None,
-            grad_x.to(x.dtype) if needs_x else None,
-            numbers[0].to(weight.dtype) if needs_weight else None,
-            numbers[1].to(bias.dtype) if needs_bias else None,
-        )
+            cast = _cast_needed(gradients, inputs, ctx.needs_input_grad[1:4])
+        refusing = refuse_second_derivatives("bn_relu_max_pool", cast, token, grad_y)
+        return (None, *refusing, None, None, None)
 
 
-def _forward(norm: BatchNorm, x: Tensor, keeps: bool) -> _Forward:
-    sizes = [*x.shape[:2], *((size + 1) // 2 for size in x.shape[2:])]
-    strides = dense_strides(sizes, is_channels_last(x))
-    y = x.new_empty_strided(sizes, strides)
-    winners = x.new_empty_strided(sizes, strides, dtype=torch.uint8) if keeps else None
-    if x.numel() == 0:  # like nn.BatchNorm2d, which counts it and leaves the statistics alone
-        if norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        mean = var = x.new_ones(x.size(1), dtype=torch.float64)
-        return _Forward(y, mean, var, winners)
-    if norm.training:
-        mean, var = _ops.concat_bn_stats([x])
-    else:
-        assert norm.running_mean is not None and norm.running_var is not None  # checked
-        mean, var = norm.running_mean.double(), norm.running_var.double()
-    weight, bias = _as_parameter(norm.weight, x), _as_parameter(norm.bias, x)
-    _ops.bn_relu_max_pool(x, mean, var, weight, bias, float(norm.eps), y, winners)
-    if norm.training:  # last, so that an error leaves them as they were
-        RunningStatistics([(0, norm)]).update(mean, var, x.numel() // x.size(1))
-    return _Forward(y, mean, var, winners)
+# ------------------------------------------------------------------------------------------------
+# For compilers
+
+torch.library.define(
+    "efficient_densenet::functional_bn_relu_max_pool",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, float eps)"
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor winners)",
+)
+torch.library.define(
+    "efficient_densenet::functional_bn_relu_max_pool_backward",
+    "(Tensor grad_y, Tensor winners, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, float eps, bool training) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+)
+
+
+@torch.library.impl("efficient_densenet::functional_bn_relu_max_pool", ("cpu", "cuda"))
+def _(x: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+    return _forward(True, x, *inputs)
+
+
+@torch.library.register_fake("efficient_densenet::functional_bn_relu_max_pool")
+def _(x: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+    return _allocate(x, keeps_winners=True)
+
+
+@torch.library.impl("efficient_densenet::functional_bn_relu_max_pool_backward", ("cpu", "cuda"))
+def _(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(grad_y, *inputs)
+
+
+@torch.library.register_fake("efficient_densenet::functional_bn_relu_max_pool_backward")
+def _(
+    grad_y: Tensor, winners: Tensor, x: Tensor, weight: object, bias: object, mean: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight = torch.empty_like(mean, dtype=parameter_dtype(x.dtype))
+    return torch.empty_like(x), grad_weight, torch.empty_like(grad_weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, running_mean, _, ctx.eps = inputs
+    _, mean, var, winners = output
+    ctx.training = running_mean is None
+    ctx.save_for_backward(winners, x, weight, bias, mean, var)
+
+
+def _functional_backward(ctx: Any, grad_y: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    gradients = _ops.functional_bn_relu_max_pool_backward(grad_y, *saved, ctx.eps, ctx.training)
+    return (*_cast_needed(gradients, saved[1:4], ctx.needs_input_grad[:3]), None, None, None)
+
+
+def _refuse(ctx: Any, *gradients: object) -> None:
+    raise_second_derivative("bn_relu_max_pool")
+
+
+torch.library.register_autograd(
+    "efficient_densenet::functional_bn_relu_max_pool",
+    _functional_backward,
+    setup_context=_setup_context,
+)
+torch.library.register_autograd("efficient_densenet::functional_bn_relu_max_pool_backward", _refuse)
 
 
 @torch.library.register_fake("efficient_densenet::bn_relu_max_pool_backward")
 def _(grad_y: Tensor, winners: Tensor, x: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    grad_weight = torch.empty_like(mean, dtype=_parameter_type(x))
+    grad_weight = torch.empty_like(mean, dtype=parameter_dtype(x.dtype))
     return grad_weight, torch.empty_like(grad_weight)

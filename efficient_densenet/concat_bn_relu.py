@@ -6,25 +6,38 @@ arithmetic; this module adds arguments' checks, autograd, autocast and the share
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import (
-    GradientEdge,
-    get_gradient_edge,
-    increment_version,
-    saved_tensors_hooks,
-)
+from torch.autograd.graph import increment_version
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _extension  # noqa: F401  registers the operators
-from ._arguments import check_arguments
-from ._once import check_transforms, differentiable_once
-from .batch_norm import BatchNorm, RunningStatistics
+from .arguments import check_arguments
+from .batch_norm import (
+    BatchNorm,
+    as_parameter,
+    parameter_dtype,
+    update_running_statistics,
+)
+from .differentiation import backward_pass, check_transforms, refuse_second_derivatives
 from .layout import dense_strides, is_channels_last
+from .recomputation import recompute_in_backward, set_origin
 from .storage import SharedStorage
+from .sync_batch_norm import (
+    Statistics,
+    correct_gradients,
+    is_synchronised,
+    local_statistics,
+    synchronise_statistics,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["concat_bn_relu", "recompute_in_backward"]
 
 _ops = torch.ops.efficient_densenet
 
@@ -39,6 +52,7 @@ def concat_bn_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     storage: SharedStorage | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``relu(F.batch_norm(torch.cat(features, 1), ...))`` without a concatenated copy.
 
@@ -71,213 +85,128 @@ def concat_bn_relu(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance, > 0.
         storage: where the result goes; None for memory of its own.
+        process_group: normalise by the statistics of this batch on all processes of the group, as
+            ``nn.SyncBatchNorm``; None for those of this process. Only where training.
 
     Returns:
         ``[N, sum(C_i), *spatial]`` in the memory format that ``torch.cat`` would choose.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument is wrong; nothing was changed.
+        TypeError, ValueError, IndexError, RuntimeError: an argument is wrong; nothing was changed.
     """
-    dtype = check_arguments(
-        features, running_mean, running_var, weight, bias, training, momentum, eps, storage
-    )
+    given = running_mean, running_var, weight, bias
+    if isinstance(features, (list, tuple)) and has_torch_function((*features, *given)):
+        result: Tensor = handle_torch_function(
+            concat_bn_relu, (*features, *given), features, *given, training, momentum, eps,
+            storage, process_group,
+        )  # fmt: skip
+        return result
+    norm = BatchNorm(*given, training, momentum, eps)
+    dtype = check_arguments(features, norm, storage, is_synchronised(norm, process_group))
     check_transforms("concat_bn_relu", weight, bias, *features)
-    settings = _Settings(dtype, training, float(momentum), float(eps), storage)
-    norm = running_mean, running_var, weight, bias
+    settings = _Settings(dtype, training, float(eps), storage, process_group)
     if not torch.is_grad_enabled():
         # Nothing needs the storage, and threads may share a module that only predicts.
-        return _forward(settings._replace(storage=None), *norm, *features).y
+        return _forward(settings._replace(storage=None), norm, features).y
     differentiable = any(x is not None and x.requires_grad for x in (weight, bias, *features))
-    # Where nothing here wants a gradient, the consumer's weight may, and then the result has to be
-    # recomputed: an input that does want one makes autograd keep what that takes.
+    # Where nothing here needs a gradient, the consumer's weight may, and then the result has to be
+    # recomputed: an input that does need one makes autograd keep what that takes.
     anchor = None if differentiable else torch.empty(0, requires_grad=True)
-    result: Tensor = _ConcatBNReLU.apply(settings, anchor, *norm, *features)
+    result, _ = _ConcatBNReLU.apply(settings, norm, anchor, weight, bias, *features)
     y = result if differentiable else result.detach()
-    y._origin = _Origin(  # type: ignore[attr-defined]
-        get_gradient_edge(result), y._version
-    )
+    set_origin(y, result)
     return y
-
-
-@contextmanager
-def recompute_in_backward(y: Tensor) -> Iterator[None]:
-    """Within this context, operators that save ``y`` for backward save how to recompute it.
-
-    Args:
-        y: the result of :func:`concat_bn_relu`, not overwritten yet.
-
-    Raises:
-        TypeError: ``y`` is not a result of :func:`concat_bn_relu`.
-        RuntimeError: ``y`` was overwritten before the context was entered or left, so what was
-            computed from it is wrong (say, two threads with one storage, device and stream).
-    """
-    if not torch.is_grad_enabled():
-        yield
-        return
-    origin = getattr(y, "_origin", None)
-    if origin is None:
-        raise TypeError("y: expected a result of concat_bn_relu that was computed in gradient mode")
-    _check_not_overwritten(y)
-    memory, start = y.untyped_storage()._cdata, y.storage_offset()
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-    def pack(tensor: Tensor) -> Any:
-        is_result = tensor.untyped_storage()._cdata == memory and tensor._version == origin.version
-        if is_result:
-            offset = int(tensor.storage_offset() - start)
-            return _Recomputed(origin.edge, tensor.size(), tensor.stride(), offset)
-        if outer is not None:
-            return _PackedOutside(outer[1], outer[0](tensor))
-        return _Kept(tensor.detach(), tensor._version)
-
-    with saved_tensors_hooks(pack, lambda packed: packed.unpack()):
-        yield
-    _check_not_overwritten(y)
-
-
-def _check_not_overwritten(y: Tensor) -> None:
-    origin: _Origin = y._origin  # type: ignore[attr-defined]
-    if y._version != origin.version:
-        raise RuntimeError(
-            "y: overwritten before its consumer was done. One SharedStorage serves one thread per "
-            "device and stream; give each thread its own, or its own copy of the model"
-        )
-
-
-class _Origin(NamedTuple):
-    """Where a result comes from, as an attribute of the result."""
-
-    edge: GradientEdge  # not the bare node, which would not keep its saved tensors alive
-    version: int  # of the memory, once the result was written
-
-
-class _Recomputed(NamedTuple):
-    """In place of a saved result: whose inputs to recompute it from, and which part was saved."""
-
-    edge: GradientEdge
-    sizes: torch.Size
-    strides: tuple[int, ...]
-    offset: int
-
-    def unpack(self) -> Tensor:
-        with torch.no_grad():
-            node: Any = self.edge.node  # of _ConcatBNReLU
-            mean, var, weight, bias, *features = node.saved_tensors
-            settings: _Settings = node.settings
-            features = _cast(features, settings.dtype)
-            y = _allocate(settings, features)
-            _normalise(settings, features, mean, var, weight, bias, y)
-        return y.as_strided(self.sizes, self.strides, y.storage_offset() + self.offset)
-
-
-class _Kept(NamedTuple):
-    """In place of any other saved tensor: hooks switch off autograd's check, so it is here."""
-
-    tensor: Tensor
-    version: int
-
-    def unpack(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: [{self.tensor.type()} {list(self.tensor.shape)}] is at "
-                f"version {self.tensor._version}; expected version {self.version} instead."
-            )
-        return self.tensor
-
-
-class _PackedOutside(NamedTuple):
-    """In place of any other saved tensor under the user's own saved-tensor hooks."""
-
-    unpack_hook: Any
-    packed: Any
-
-    def unpack(self) -> Tensor:
-        tensor: Tensor = self.unpack_hook(self.packed)
-        return tensor
 
 
 class _Settings(NamedTuple):
     dtype: torch.dtype  # of the result; features of another (autocast) are kept as they came
     training: bool
-    momentum: float
     eps: float
     storage: SharedStorage | None
+    process_group: ProcessGroup | None
 
 
 class _Forward(NamedTuple):
     y: Tensor
-    mean: Tensor
-    var: Tensor
+    statistics: Statistics
 
 
 class _ConcatBNReLU(torch.autograd.Function):
-    """Saves features, weight, bias, mean and var: nothing of the size of the result."""
+    """Saves features, weight, bias, mean and var: nothing of the size of the result.
+
+    Its second result is empty: see :func:`refuse_second_derivatives`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         settings: _Settings,
+        norm: BatchNorm,
         anchor: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         *features: Tensor,
-    ) -> Tensor:
-        result = _forward(settings, running_mean, running_var, weight, bias, *features)
-        ctx.settings = settings
+    ) -> tuple[Tensor, Tensor]:
+        y, (mean, var, rows) = _forward(settings, norm, features)
+        token = y.new_empty(0)
+        ctx.settings, ctx.rows = settings, rows
+        ctx.sizes, ctx.strides = y.size(), y.stride()
+        ctx.unpacked = None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(result.mean, result.var, weight, bias, *features)
-        return result.y
+        ctx.save_for_backward(token, mean, var, weight, bias, *features)
+        return y, token
 
     @staticmethod
-    @differentiable_once("concat_bn_relu")
-    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-        no_gradients = (None,) * len(ctx.needs_input_grad)
+    def recompute(ctx: Any, shares_memory: bool) -> Tensor:
+        """The result again, for a consumer whose backward pass runs before that of this node."""
+        _, mean, var, weight, bias, *features = _unpack(ctx)
+        settings: _Settings = ctx.settings
+        if not shares_memory:
+            settings = settings._replace(storage=None)
+        with torch._C.DisableTorchFunctionSubclass():
+            used = _cast(features, settings.dtype)
+            # The layout is that of the first time: saved-tensor hooks keep values, not strides.
+            y = _allocate(settings, used[0], ctx.sizes, ctx.strides)
+            _normalise(settings.eps, used, mean, var, weight, bias, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return no_gradients
-        _, _, _, _, needs_weight, needs_bias, *needs_features = ctx.needs_input_grad
-        mean, var, weight, bias, *features = ctx.saved_tensors
-        wanted = [i for i, needed in enumerate(needs_features) if needed]
-        used = _cast(features, ctx.settings.dtype)
-        grad_features = [torch.empty_like(used[i]) for i in wanted]
-        grad_weight, grad_bias = _gradients(
-            ctx.settings, grad_y, used, mean, var, weight, bias, wanted, grad_features
-        )
-        by_feature = dict(zip(wanted, grad_features, strict=True))
-        for i, grad in by_feature.items():
-            if grad.dtype != features[i].dtype:  # autocast
-                by_feature[i] = grad.to(features[i].dtype)
-        return (
-            *no_gradients[:4],
-            grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(bias.dtype) if needs_bias else None,
-            *(by_feature.get(i) for i in range(len(features))),
-        )
+            return (None,) * len(ctx.needs_input_grad)
+        with backward_pass("concat_bn_relu"):
+            token, *saved = _unpack(ctx)
+            ctx.unpacked = None
+            gradients = _backward(ctx, grad_y, saved)
+        refusing = refuse_second_derivatives("concat_bn_relu", gradients, token, grad_y)
+        return (None, None, None, *refusing)
 
 
-def _forward(
-    settings: _Settings,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *features: Tensor,
-) -> _Forward:
+def _unpack(ctx: Any) -> Sequence[Any]:
+    """What the node has saved, unpacked once per backward pass.
+
+    Activation checkpointing allows no more, and with other hooks it may be expensive. Here a
+    consumer that recomputes the result comes first, and then the node itself, which lets go of it.
+    """
+    task = torch._C._current_graph_task_id()
+    if ctx.unpacked is not None and ctx.unpacked[0] == task:
+        tensors: Sequence[Any] = ctx.unpacked[1]
+        return tensors
+    tensors = ctx.saved_tensors
+    ctx.unpacked = None if task < 0 else (task, tensors)
+    return tensors
+
+
+def _forward(settings: _Settings, norm: BatchNorm, features: Sequence[Tensor]) -> _Forward:
     used = _cast(features, settings.dtype)
+    first = used[0]
+    sizes = torch.Size([first.size(0), sum(x.size(1) for x in used), *first.shape[2:]])
+    strides = dense_strides(sizes, all(map(is_channels_last, used)))
     # Before the running statistics change: running out of memory must leave them as they were.
-    y = _allocate(settings, used)
-    if not settings.training:
-        assert running_mean is not None and running_var is not None  # checked
-        # Copies: a later batch moves the running statistics, which marks nothing as modified.
-        mean, var = (x.to(torch.float64, copy=True) for x in (running_mean, running_var))
-    elif y.numel() == 0:  # like F.batch_norm, which leaves the running statistics alone
-        mean = var = torch.ones(y.size(1), dtype=torch.float64, device=y.device)
-    else:
-        mean, var = _batch_statistics(settings, used, running_mean, running_var)
-    _normalise(settings, used, mean, var, weight, bias, y)
-    return _Forward(y, mean, var)
+    y = _allocate(settings, first, sizes, strides)
+    statistics = _statistics(settings, norm, used, sizes)
+    _normalise(settings.eps, used, statistics.mean, statistics.var, norm.weight, norm.bias, y)
+    return _Forward(y, statistics)
 
 
 def _cast(features: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
@@ -285,30 +214,35 @@ def _cast(features: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     return [x if x.dtype == dtype else x.to(dtype) for x in features]
 
 
-def _allocate(settings: _Settings, features: Sequence[Tensor]) -> Tensor:
-    first = features[0]
-    sizes = [first.size(0), sum(feature.size(1) for feature in features), *first.shape[2:]]
-    strides = dense_strides(sizes, all(map(is_channels_last, features)))
+def _allocate(
+    settings: _Settings, like: Tensor, sizes: Sequence[int], strides: Sequence[int]
+) -> Tensor:
     if settings.storage is None:
-        return torch.empty_strided(sizes, strides, dtype=first.dtype, device=first.device)
-    return settings.storage.allocate(sizes, strides, like=first)
+        return torch.empty_strided(sizes, strides, dtype=like.dtype, device=like.device)
+    return settings.storage.allocate(sizes, strides, like=like)
 
 
-def _batch_statistics(
-    settings: _Settings,
-    features: Sequence[Tensor],
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    mean, var = _ops.concat_bn_stats(features)
-    rows = features[0].numel() // features[0].size(1)
-    norm = BatchNorm(running_mean, running_var, momentum=settings.momentum)
-    RunningStatistics([(0, norm)]).update(mean, var, rows)
-    return mean, var
+def _statistics(
+    settings: _Settings, norm: BatchNorm, features: Sequence[Tensor], sizes: torch.Size
+) -> Statistics:
+    """What the result is normalised by; moves the running statistics where those are trained."""
+    if not settings.training:
+        assert norm.running_mean is not None and norm.running_var is not None  # checked
+        # Copies: a later batch moves the running statistics, which marks nothing as modified.
+        mean, var = (x.to(torch.float64, copy=True) for x in (norm.running_mean, norm.running_var))
+        return Statistics(mean, var, 0)
+    statistics = local_statistics(features, sizes)
+    if is_synchronised(norm, settings.process_group):
+        assert settings.process_group is not None
+        statistics = synchronise_statistics(statistics, settings.process_group)
+    mean, var, rows = statistics
+    if rows > 0 and mean.numel() > 0:  # else as F.batch_norm, which leaves them alone
+        update_running_statistics([(0, norm)], mean, var, rows)
+    return statistics
 
 
 def _normalise(
-    settings: _Settings,
+    eps: float,
     features: Sequence[Tensor],
     mean: Tensor,
     var: Tensor,
@@ -316,55 +250,56 @@ def _normalise(
     bias: Tensor | None,
     y: Tensor,
 ) -> None:
-    weight, bias = _as_parameter(weight, y), _as_parameter(bias, y)
-    _ops.concat_bn_relu(features, mean, var, weight, bias, settings.eps, y)
+    weight, bias = as_parameter(weight, y), as_parameter(bias, y)
+    _ops.concat_bn_relu(features, mean.contiguous(), var.contiguous(), weight, bias, eps, y)
     # The kernels write through a pointer, which autograd does not see.
     increment_version(y)
 
 
+def _backward(ctx: Any, grad_y: Tensor, saved: Sequence[Any]) -> list[Tensor | None]:
+    """Gradients of weight, bias and features, where they are needed."""
+    _, _, _, needs_weight, needs_bias, *needs_features = ctx.needs_input_grad
+    _, _, weight, bias, *features = saved
+    needed = [i for i, needs in enumerate(needs_features) if needs]
+    grad_weight, grad_bias, grad_features = _gradients(ctx, grad_y, saved, needed)
+    gradients: list[Tensor | None] = [None] * len(features)
+    for i, grad in zip(needed, grad_features, strict=True):
+        gradients[i] = grad.to(features[i].dtype)
+    return [
+        grad_weight.to(weight.dtype) if needs_weight else None,
+        grad_bias.to(bias.dtype) if needs_bias else None,
+        *gradients,
+    ]
+
+
 def _gradients(
-    settings: _Settings,
-    grad_y: Tensor,
-    features: Sequence[Tensor],
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: Sequence[int],
-    grad_features: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Writes ``grad_features``, the gradients of ``features[i] for i in wanted``."""
+    ctx: Any, grad_y: Tensor, saved: Sequence[Any], needed: Sequence[int]
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """Gradients of weight, of bias, and of ``features[i] for i in needed``."""
+    settings: _Settings = ctx.settings
+    group = settings.process_group if settings.training else None
+    mean, var, weight, bias, *features = saved
+    # The correction of synchronised statistics is a second pass, before which nothing is rounded.
+    dtype = settings.dtype if group is None else parameter_dtype(settings.dtype)
+    grad_y, used = grad_y.to(dtype), _cast(features, dtype)
+    mean, var = mean.contiguous(), var.contiguous()
+    grad_features = [torch.empty_like(used[i]) for i in needed]
     if grad_y.numel() == 0:
-        zeros = mean.new_zeros((2, mean.numel()), dtype=_parameter_type(grad_y))
-        return zeros[0], zeros[1]
-    weight, bias = _as_parameter(weight, grad_y), _as_parameter(bias, grad_y)
-    grad_weight, grad_bias = _ops.concat_bn_relu_backward(
-        grad_y,
-        features,
-        mean,
-        var,
-        weight,
-        bias,
-        settings.eps,
-        settings.training,
-        wanted,
-        grad_features,
-    )
-    return grad_weight, grad_bias
-
-
-def _parameter_type(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def _as_parameter(per_channel: Tensor | None, features: Tensor) -> Tensor | None:
-    """A per-channel tensor as the kernels take it; itself, where it is so already."""
-    if per_channel is None:
-        return None
-    dtype = _parameter_type(features)
-    if per_channel.dtype == dtype and per_channel.is_contiguous():
-        return per_channel
-    return per_channel.to(dtype).contiguous()
+        grad_weight, grad_bias = mean.new_zeros((2, mean.numel()), dtype=parameter_dtype(dtype))
+    else:
+        weight, bias = as_parameter(weight, grad_y), as_parameter(bias, grad_y)
+        batch_statistics = settings.training and group is None
+        grad_weight, grad_bias = _ops.concat_bn_relu_backward(
+            grad_y, used, mean, var, weight, bias, settings.eps, batch_statistics, needed,
+            grad_features,
+        )  # fmt: skip
+    if group is not None:
+        statistics = Statistics(mean, var, ctx.rows)
+        sums = grad_weight, grad_bias
+        correct_gradients(
+            statistics, sums, weight, settings.eps, used, needed, grad_features, group
+        )
+    return grad_weight, grad_bias, grad_features
 
 
 @torch.library.register_fake("efficient_densenet::concat_bn_stats")
@@ -376,5 +311,5 @@ def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
 def _(grad_y: Tensor, features: object, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    grad_weight = torch.empty_like(mean, dtype=_parameter_type(grad_y))
+    grad_weight = torch.empty_like(mean, dtype=parameter_dtype(grad_y.dtype))
     return grad_weight, torch.empty_like(grad_weight)

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from .densenet import DenseNet, _check_choice
+from .arguments import check_choice
+from .densenet import DenseNet
 from .weights import Weights, load_weights
 
 _MEMORY_FORMATS = {
@@ -143,7 +144,7 @@ def _create(
         efficient=efficient,
         **options,
     )
-    _check_choice("memory_format", memory_format, _MEMORY_FORMATS[model.spatial_dims])
+    check_choice("memory_format", memory_format, _MEMORY_FORMATS[model.spatial_dims])
     model.to(memory_format=memory_format)
     if weights is not None:
         load_weights(model, weights, progress)

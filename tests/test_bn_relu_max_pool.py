@@ -260,7 +260,7 @@ def test_an_error_changes_nothing(device):
     for wrong, error, text in (
         ((x[:1, :, :1, :1], norm), ValueError, "Expected more than 1 value per channel"),
         ((x[0, 0], norm), ValueError, "x: expected .* with 1 to 3 spatial dimensions"),
-        ((x[:, :, :0], norm), ValueError, "x: expected channels and pixels"),
+        ((x[:, :, :0], norm), RuntimeError, "x: expected channels and pixels"),
         ((x[:, :2], norm), ValueError, r"norm.running_mean: expected shape \[2\]"),
         ((x.double(), norm), TypeError, "norm.running_mean: expected torch.float64"),
         ((x.long(), norm), TypeError, "x: expected float64, float32"),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from efficient_densenet import _out_of_memory
-from efficient_densenet._out_of_memory import out_of_memory_as_torch_raises_it
+from efficient_densenet import out_of_memory
+from efficient_densenet.out_of_memory import out_of_memory_as_torch_raises_it
 
 HEADERS = 'torch_call_dispatcher("aten::empty") API call failed at ops.h, line 5'
 OURS = "efficient_densenet: aten::convolution failed: torch has printed why"
@@ -19,7 +19,7 @@ def refuse(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 70 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 79 * 2**30)
-    monkeypatch.setattr(_out_of_memory, "_refused", {})
+    monkeypatch.setattr(out_of_memory, "_refused", {})
 
     def more(count):
         stats["num_ooms"] += count

@@ -1,0 +1,84 @@
+"""Differentiable once, backwards: everything else is refused, with what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_INSTEAD = "use plain modules: efficient=False, or efficient_densenet.revert for converted models"
+
+
+def check_transforms(operator: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError under torch.func's transforms and for tensors with a tangent."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{operator}: torch.func's transforms (vmap, grad, jvp) are not supported; {_INSTEAD}"
+        )
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise RuntimeError(f"{operator}: forward-mode differentiation is not supported; {_INSTEAD}")
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def backward_pass(operator: str) -> Iterator[None]:
+    """For what the backward pass of an autograd function computes.
+
+    Autograd records nothing of it, and subclasses of Tensor among what was saved are read as plain
+    tensors, as torch's own backward passes do.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{operator}: gradients cannot be batched (is_grads_batched=True, vectorize=True, "
+            f"vmap); {_INSTEAD}"
+        )
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        yield
+
+
+def refuse_second_derivatives(
+    operator: str, gradients: Sequence[Tensor | None], *anchors: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients; under ``create_graph`` such that differentiating them is an error.
+
+    Args:
+        operator: for the message.
+        gradients: the results of a backward pass, computed without a graph.
+        anchors: all that the gradients depend on: those that came into the backward pass, and a
+            result of the forward pass that it has saved (an empty one, made for this). The graph
+            of a saved result is the node of the operator itself, so from the refusal there is a
+            path to every input of the operator. Without it, autograd takes the gradients for
+            constants where it is asked for those of named inputs, and answers 0.
+    """
+    if not torch.is_grad_enabled():  # no create_graph
+        return tuple(gradients)
+    return tuple(
+        None if gradient is None else _Refusal.apply(operator, gradient, *anchors)
+        for gradient in gradients
+    )
+
+
+def raise_second_derivative(operator: str) -> NoReturn:
+    raise RuntimeError(f"{operator}: cannot be differentiated twice; {_INSTEAD}")
+
+
+class _Refusal(torch.autograd.Function):
+    """The identity; its gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, gradient: Tensor, *anchors: Tensor | None) -> Tensor:
+        ctx.operator = operator
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise_second_derivative(ctx.operator)
