@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,6 +47,7 @@ class RunningStatistics:
     def __init__(self, norms: Sequence[tuple[int, BatchNorm]]) -> None:
         self._begins: list[int] = []
         self._momenta: list[float] = []
+        self._cumulative: list[bool] = []
         # Means, variances, counts; an empty tensor stands for none.
         self._tensors: tuple[list[Tensor], ...] = ([], [], [])
         for begin, norm in norms:
@@ -56,7 +56,8 @@ class RunningStatistics:
             if not present:
                 continue
             self._begins.append(begin)
-            self._momenta.append(math.nan if norm.momentum is None else norm.momentum)
+            self._momenta.append(0.0 if norm.momentum is None else norm.momentum)
+            self._cumulative.append(norm.momentum is None)
             for tensors, tensor, dtype in zip(
                 self._tensors, tracked, (None, None, torch.int64), strict=True
             ):
@@ -71,7 +72,7 @@ class RunningStatistics:
 
     def _move(self, mean: Tensor, var: Tensor, rows: int, tensors: Sequence[list[Tensor]]) -> None:
         torch.ops.efficient_densenet.update_running_statistics(
-            mean, var, rows, self._begins, *tensors, self._momenta
+            mean, var, rows, self._begins, *tensors, self._momenta, self._cumulative
         )
 
     def update(self, mean: Tensor, var: Tensor, rows: int) -> None:

@@ -26,13 +26,7 @@ from ._arguments import check_block_arguments, check_more_than_one_value
 from ._once import check_transforms, differentiable_once
 from ._out_of_memory import out_of_memory_as_torch_raises_it
 from .batch_norm import BatchNorm, RunningStatistics
-from .bn_relu_conv1x1 import (
-    Conv1x1,
-    choose_conv1x1,
-    products_are_as_convolutions,
-    why_not_tensor_cores,
-)
-from .bn_relu_conv3x3 import why_not_conv3x3
+from .bn_relu_conv1x1 import kernel_path, settings
 from .layout import dense_strides, is_channels_last, plain_formats
 
 _ops = torch.ops.efficient_densenet
@@ -195,24 +189,16 @@ class Plan:
         # As torch.cat of a float32 input and 16-bit features under autocast.
         return result.to(torch.promote_types(x.dtype, self.dtype))
 
-    def conv1x1(self, device: torch.device) -> Conv1x1:
-        return choose_conv1x1(device, self.dtype, self.channels, self.bottleneck)
-
-    def why_not_conv3x3(self, features: Tensor) -> str | None:
-        """Why the second convolutions of such features run as operators of torch."""
-        kernel = self.conv2[0].shape[2:]
-        return why_not_conv3x3(features, kernel, self.growth, self.bottleneck, self.drop_rate > 0)
-
     def kernel_path(self, x: Tensor) -> str:
         """See :meth:`efficient_densenet.DenseBlock.kernel_path`."""
-        path = self.conv1x1(x.device)
-        if path == Conv1x1.TENSOR_CORES:
-            sizes = x.size(0), self.channels, *x.shape[2:]
-            why = self.why_not_conv3x3(x.new_empty(1, dtype=self.dtype).expand(sizes))
-            return "tensor cores" if why is None else f"tensor cores but for conv2: {why}"
-        name = "matrix products" if path == Conv1x1.PRODUCT else "convolutions"
-        why = why_not_tensor_cores(x.device, self.dtype, self.channels, self.bottleneck)
-        return f"{name}: {why}"
+        sizes = x.size(0), self.channels, *x.shape[2:]
+        name, why_not_conv1, why_not_conv2 = kernel_path(
+            x.device, self.dtype, sizes, self.growth, self.bottleneck, self.conv2[0].shape[2:],
+            self.drop_rate > 0,
+        )  # fmt: skip
+        if why_not_conv1:
+            return f"{name}: {why_not_conv1}"
+        return f"{name} but for conv2: {why_not_conv2}" if why_not_conv2 else name
 
     def kept_bytes(self, rows: int) -> tuple[int, int]:
         """Kept for the backward pass with so many pixels of all images: here, and by plain modules.
@@ -256,7 +242,7 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
     result = features
     if plan.reads:
         result = _new_channels_last((*sizes[:2], *plan.pool.sizes(sizes[2:])), features)
-    convolved = _write_input(plan, x, features.narrow(1, 0, plan.in_channels))
+    convolved, projection = (x, None) if plan.entry is None else _project(plan, x)
     rows = x.numel() // x.size(1)
     if rows == 0:
         plan.count_batch()
@@ -271,22 +257,26 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
     mask = _dropout_mask(plan, x) if plan.drop_rate > 0 else None
     kept = _Kept(features, bottlenecks, statistics, *_pack_norms(plan, x), mask)
     with out_of_memory_as_torch_raises_it(x.device):
-        _ops.dense_block(
-            features, bottlenecks, statistics, _pack_conv1(plan.conv1, plan.dtype),
-            _pack_conv2(plan.conv2, plan.dtype), *_settings(plan, kept),
-            not keeps, result if plan.reads else None, plan.pool,
+        _ops.dense_block_layers(
+            convolved, projection, features, bottlenecks, statistics,
+            _pack_conv1(plan.conv1, plan.dtype), _pack_conv2(plan.conv2, plan.dtype),
+            *_settings(plan, kept), not keeps, result if plan.reads else None,
         )  # fmt: skip
     # Last, so that an error leaves them as they were.
     plan.running_statistics.update(statistics[0], statistics[1], rows)
-    return _Forward(result, kept, convolved)
+    return _Forward(result, kept, None if plan.entry is None else convolved)
+
+
+def _project(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+    weight = plan.entry.to(plan.dtype).contiguous()
+    return _in_channels_last(x, plan.dtype), weight
 
 
 def _settings(plan: Plan, kept: _Kept) -> tuple[Any, ...]:
     """What both operators take alike, in their order."""
-    scale, conv1x1 = 1 / (1 - plan.drop_rate), plan.conv1x1(kept.features.device)
     return (
-        kept.affine, kept.frozen, plan.frozen_norms, plan.eps, kept.dropout_mask, scale, conv1x1,
-        plan.why_not_conv3x3(kept.features) is None,
+        kept.affine, kept.frozen, plan.frozen_norms, plan.eps, kept.dropout_mask,
+        1 / (1 - plan.drop_rate), plan.pool, *settings(kept.features.device, plan.dtype),
     )  # fmt: skip
 
 
@@ -322,18 +312,22 @@ class _DenseBlock(torch.autograd.Function):
         # The forward pass has done its casts.
         autocast = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            grad_x, *gradients = _backward(
-                plan, saved, grad_result, [needs_x or needs_entry, *needs]
-            )
-            grad_entry = None
-            if grad_x is not None and convolved is not None:
-                wanted = [needs_x, needs_entry]
-                grad_x, grad_entry = _backward_entry(grad_x, convolved, entry, wanted)
+            grad_x, grad_entry, *gradients = _backward(
+                plan, saved, grad_result, [needs_x, *needs], convolved,
+                entry if needs_x or needs_entry else None, needs_entry
+            )  # fmt: skip
+            grad_entry = None if grad_entry is None else grad_entry.to(entry.dtype)
         return None, None if grad_x is None else grad_x.to(ctx.x_dtype), grad_entry, *gradients
 
 
 def _backward(
-    plan: Plan, saved: Sequence[Any], grad_result: Tensor, needed: Sequence[bool]
+    plan: Plan,
+    saved: Sequence[Any],
+    grad_result: Tensor,
+    needed: Sequence[bool],
+    convolved: Tensor | None = None,
+    entry: Tensor | None = None,
+    needs_entry: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of the block's input and of the plan's parameters."""
     layers = len(plan.layers)
@@ -346,73 +340,31 @@ def _backward(
     # At least float32: docs/design.md, "The dense block".
     wide = torch.promote_types(features.dtype, torch.float32)
     grad_features = _new_channels_last(features.shape, features, wide)
-    grad_y = None
     if plan.reads:
-        grad_y = _in_channels_last(grad_result, features.dtype)
-    else:
-        grad_features.copy_(grad_result)
-    grad_x = None
+        grad_result = _in_channels_last(grad_result, features.dtype)
+    projection = None if entry is None else entry.to(plan.dtype).contiguous()
+    grad_x = grad_entry = None
     if needed[0]:
-        sizes = features.size(0), plan.in_channels, *features.shape[2:]
-        grad_x = _new_channels_last(sizes, features)
+        channels = plan.in_channels if projection is None else projection.size(1)
+        grad_x = _new_channels_last((features.size(0), channels, *features.shape[2:]), features)
+    if needs_entry:
+        grad_entry = torch.empty_like(projection)
     grad_affine = torch.empty_like(kept.affine)
     # Of 16-bit products, sums over chunks of rows.
     grad_conv1 = torch.empty_like(conv1, dtype=wide) if any(needs_conv1) else None
     wanted = sum(needs_conv2)
     grad_conv2 = torch.empty_like(conv2[:wanted]) if wanted else None
     with out_of_memory_as_torch_raises_it(features.device):
-        _ops.dense_block_backward(
-            grad_y, grad_features, grad_x, features, kept.bottlenecks, kept.statistics,
-            conv1, conv2, *_settings(plan, kept), plan.pool,
-            grad_affine, grad_conv1, needs_conv1, grad_conv2, needs_conv2,
+        _ops.dense_block_layers_backward(
+            grad_result, features if convolved is None else convolved, projection, features,
+            kept.bottlenecks, kept.statistics, conv1, conv2, *_settings(plan, kept), plan.reads,
+            grad_features, grad_x, grad_entry, grad_affine, grad_conv1, needs_conv1, grad_conv2,
+            needs_conv2,
         )  # fmt: skip
     gradients = _unpack_gradients(plan, grad_affine, grad_conv1, grad_conv2, needs_conv2)
     gradients.insert(0, grad_x)
-    return [gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------
-# The block's input
-
-
-def _write_input(plan: Plan, x: Tensor, to: Tensor) -> Tensor | None:
-    """The first features of the block; what the entry has convolved, where there is one."""
-    if plan.entry is None:
-        to.copy_(x)
-        return None
-    convolved = _in_channels_last(x, plan.dtype)
-    weight = plan.entry.to(plan.dtype)
-    if products_are_as_convolutions(x.device, plan.dtype):
-        torch.mm(_rows(convolved), weight.flatten(1).t(), out=_rows(to))
-    else:
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-        to.copy_(convolve(convolved, weight))
-    return convolved
-
-
-def _backward_entry(
-    grad: Tensor, convolved: Tensor, entry: Tensor, needed: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what the entry convolved and of its weight, from that of its result."""
-    weight, grad_x, grad_entry = entry.to(grad.dtype), None, None
-    if products_are_as_convolutions(grad.device, grad.dtype):
-        rows, needs_x, needs_entry = _rows(grad), *needed
-        if needs_x:
-            sizes = convolved.movedim(1, -1).shape
-            grad_x = torch.mm(rows, weight.flatten(1)).view(sizes).movedim(-1, 1)
-        if needs_entry:
-            grad_entry = torch.mm(rows.t(), _rows(convolved)).view_as(entry)
-    else:
-        ones, zeros = [1] * (grad.dim() - 2), [0] * (grad.dim() - 2)
-        grad_x, grad_entry, _ = torch.ops.aten.convolution_backward(
-            grad, convolved, weight, None, ones, zeros, ones, False, zeros, 1, [*needed, False]
-        )
-    return grad_x, None if grad_entry is None else grad_entry.to(entry.dtype)
-
-
-def _rows(images: Tensor) -> Tensor:
-    """Channels-last images as a matrix of pixels and channels, without a copy."""
-    return images.movedim(1, -1).view(-1, images.size(1))
+    found = [g if needs else None for g, needs in zip(gradients, needed, strict=True)]
+    return [found[0], grad_entry, *found[1:]]
 
 
 # ------------------------------------------------------------------------------------------------

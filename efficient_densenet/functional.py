@@ -168,7 +168,9 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     present = [*has_weight, *has_bias, *[True] * (2 * len(plan.layers))]
     wanted = [x_needs, *(here and next(remaining) for here in present)]
     gradients = _backward(plan, [*saved, *plan.conv1, *plan.conv2], grad, wanted)
-    return [g.clone() for g in gradients if g is not None]  # they share memory among them
+    return [
+        g.clone() for g in [gradients[0], *gradients[2:]] if g is not None
+    ]  # they share memory among them
 
 
 @torch.library.register_fake("efficient_densenet::functional_dense_block_backward")
