@@ -88,7 +88,8 @@ def architectures():
 
 def extension(toolkit):
     major, minor = (int(part) for part in MINIMUM_TORCH.split("."))
-    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
+    patterns = ["csrc/*.cpp", "csrc/common/*.cpp", "csrc/operators/*.cpp"]
+    patterns += ["csrc/dense_block/*.cpp", "csrc/cpu/*.cpp"]
     macros = {
         "EFFICIENT_DENSENET_VERSION": f'"{VERSION}"',
         "EFFICIENT_DENSENET_TORCH": f'"{torch.__version__}"',
@@ -97,7 +98,7 @@ def extension(toolkit):
     }
     include_dirs, link = [str(ROOT / "csrc"), pybind11.get_include()], ["-Wl,--as-needed"]
     if toolkit:
-        patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
+        patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*/*.cu"]
         archs = os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
         macros |= {"EFFICIENT_DENSENET_CUDA": "1", "EFFICIENT_DENSENET_ARCHITECTURES": f'"{archs}"'}
         include_dirs.append(str(toolkit["cuda_runtime.h"].parent))

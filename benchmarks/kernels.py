@@ -59,7 +59,7 @@ L2_BYTES = 256 << 20  # more than any L2 cache holds
 PARTS = {
     1: {
         "forward": ("bn_relu_conv1x1_kernel", "merge_moments_kernel"),
-        "grad input": ("bn_relu_conv1x1_grad_input_kernel", "merge_reader_kernel"),
+        "grad input": ("bn_relu_conv1x1_grad_input_kernel", "merge_norm_grad_kernel"),
         "grad weight": ("bn_relu_conv1x1_grad_weight_kernel", "add_parts_kernel"),
     },
     3: {

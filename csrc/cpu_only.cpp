@@ -1,10 +1,11 @@
 // What a build without CUDA answers to CUDA tensors.
 #ifndef EFFICIENT_DENSENET_CUDA
 
-#include "bn_relu_conv1x1.h"
-#include "bn_relu_conv3x3.h"
-#include "bn_relu_max_pool.h"
-#include "checks.h"
+#include "common/checks.h"
+#include "operators/bn_relu_conv1x1.h"
+#include "operators/bn_relu_conv3x3.h"
+#include "operators/bn_relu_max_pool.h"
+#include "operators/running_statistics.h"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -19,22 +20,23 @@ namespace {
 }  // namespace
 
 void* current_stream(int) { fail_without_cuda(); }
-void concat_bn_stats(const Problem&, const Statistics&) { fail_without_cuda(); }
-void concat_bn_relu(const Problem&, const BatchNorm&, const View&) { fail_without_cuda(); }
-void concat_bn_relu_backward(const Problem&, const BatchNorm&, const Gradients&) {
+void concat_bn_stats(const KernelArgs&, const Statistics&) { fail_without_cuda(); }
+void concat_bn_relu(const KernelArgs&, const BatchNorm&, const View&) { fail_without_cuda(); }
+void concat_bn_relu_backward(const KernelArgs&, const BatchNorm&, const Gradients&) {
   fail_without_cuda();
 }
-void bn_relu_max_pool(const Problem&, const BatchNorm&, const Pooled&) { fail_without_cuda(); }
-void bn_relu_max_pool_backward(const Problem&, const BatchNorm&, const Pooled&, const Gradients&) {
+void bn_relu_max_pool(const KernelArgs&, const BatchNorm&, const Pooled&) { fail_without_cuda(); }
+void bn_relu_max_pool_backward(const KernelArgs&, const BatchNorm&, const Pooled&,
+                               const Gradients&) {
   fail_without_cuda();
 }
-void dense_block_accumulate(const Problem&, const BatchNorm&, const Reader&) {
+void accumulate_norm_grad(const KernelArgs&, const BatchNorm&, const NormGradArgs&) {
   fail_without_cuda();
 }
-void dense_block_finalise(const Problem&, const View&, const double*, const Correction&) {
+void apply_bn_correction(const KernelArgs&, const View&, const double*, const Correction&) {
   fail_without_cuda();
 }
-void dense_block_pool(const Problem&, const BatchNorm&, const Pooling&, const View&) {
+void average_pool(const KernelArgs&, const BatchNorm&, const Pooling&, const View&) {
   fail_without_cuda();
 }
 void update_running_statistics(const std::vector<RunningStatistics>&, int64_t, void*) {
@@ -48,16 +50,17 @@ int64_t packed_conv1x1_bytes(Element, WeightLayout, int64_t, int64_t, int64_t) {
 void pack_conv1x1(Element, WeightLayout, int64_t, const Conv1x1Weights&, void*, void*) {
   fail_without_cuda();
 }
-void bn_relu_conv1x1(const Problem&, const BatchNorm&, const void*, int64_t, const float*,
+void bn_relu_conv1x1(const KernelArgs&, const BatchNorm&, const void*, int64_t, const float*,
                      const View&, const Statistics*) {
   fail_without_cuda();
 }
 void fold_norms(const Norms&, float*, float*, void*) { fail_without_cuda(); }
-void bn_relu_conv1x1_grad_input(const Problem&, const BatchNorm&, const void*, int64_t,
-                                const Reader&) {
+void bn_relu_conv1x1_grad_input(const KernelArgs&, const BatchNorm&, const void*, int64_t,
+                                const NormGradArgs&) {
   fail_without_cuda();
 }
-void bn_relu_conv1x1_grad_weight(const Problem&, const BatchNorm&, int64_t, const View&, float*) {
+void bn_relu_conv1x1_grad_weight(const KernelArgs&, const BatchNorm&, int64_t, const View&,
+                                 float*) {
   fail_without_cuda();
 }
 std::string why_no_conv3x3(int, Element, int64_t, int64_t, int64_t) {
@@ -65,16 +68,16 @@ std::string why_no_conv3x3(int, Element, int64_t, int64_t, int64_t) {
 }
 int64_t packed_conv3x3_bytes(Element, bool, int64_t, int64_t) { fail_without_cuda(); }
 void pack_conv3x3(Element, bool, const Conv3x3Weights&, void*, void*) { fail_without_cuda(); }
-void bn_relu_conv3x3(const Problem&, const BatchNorm&, bool, const ImageSize&, const void*, int64_t,
-                     const View&, const Statistics*) {
+void bn_relu_conv3x3(const KernelArgs&, const BatchNorm&, bool, const ImageSize&, const void*,
+                     int64_t, const View&, const Statistics*) {
   fail_without_cuda();
 }
 int64_t conv3x3_grad_pitch(Element, int64_t) { fail_without_cuda(); }
-void bn_relu_conv3x3_grad_input(const Problem&, const BatchNorm&, const ImageSize&, const void*,
+void bn_relu_conv3x3_grad_input(const KernelArgs&, const BatchNorm&, const ImageSize&, const void*,
                                 int64_t, const Gathered&, const View&, const Gradients&) {
   fail_without_cuda();
 }
-void bn_relu_conv3x3_grad_weight(const Problem&, const BatchNorm&, const ImageSize&, int64_t,
+void bn_relu_conv3x3_grad_weight(const KernelArgs&, const BatchNorm&, const ImageSize&, int64_t,
                                  const View&, void*) {
   fail_without_cuda();
 }

@@ -2,15 +2,19 @@
 // initialisers of the other files run); its functions say how it was built and what it can run.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #ifdef EFFICIENT_DENSENET_CUDA
 #include <cuda_runtime_api.h>
 #endif
 
 #include <string>
+#include <tuple>
+#include <vector>
 
-#include "bn_relu_conv1x1.h"
-#include "bn_relu_conv3x3.h"
+#include "common/checks.h"
+#include "dense_block/kernel_path.h"
+#include "operators/bn_relu_conv1x1.h"
 
 namespace py = pybind11;
 
@@ -37,25 +41,30 @@ efficient_densenet::Element element_of(int itemsize) {
   return itemsize == 8 ? Element::kDouble : itemsize == 4 ? Element::kFloat : Element::kBFloat16;
 }
 
-std::string why_no_tensor_cores(int device_index, int itemsize, int64_t outputs, int64_t channels) {
-  return efficient_densenet::cuda::why_no_tensor_cores(device_index, element_of(itemsize), outputs,
-                                                       channels);
-}
-
-std::string why_no_conv3x3(int device_index, int itemsize, int64_t outputs, int64_t channels,
-                           int64_t width) {
-  return efficient_densenet::cuda::why_no_conv3x3(device_index, element_of(itemsize), outputs,
-                                                  channels, width);
+// How a block with such features [N, C, *spatial] runs: the way of its 1x1 convolutions; why they
+// are not on tensor cores; why its second convolutions are not.
+std::tuple<std::string, std::string, std::string> kernel_path(
+    const std::string& device_type, int device_index, int itemsize, bool allow_tf32,
+    bool products_match_convolutions, const std::vector<int64_t>& sizes, int64_t growth,
+    int64_t bottleneck, const std::vector<int64_t>& kernel, bool drops) {
+  using namespace efficient_densenet;
+  EFFICIENT_DENSENET_CHECK(sizes.size() >= 2, "kernel_path", "sizes: expected [N, C, *spatial]");
+  const KernelPath path = choose_kernel_path(
+      {allow_tf32, products_match_convolutions},
+      {device_type, device_index, element_of(itemsize), sizes, growth, bottleneck, kernel, drops});
+  const char* const names[] = {"convolutions", "matrix products", "tensor cores"};
+  return {names[static_cast<int>(path.conv1)], path.why_not_conv1, path.why_not_conv2};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "How this module was built.");
-  module.def("why_no_tensor_cores", &why_no_tensor_cores,
-             "Empty, or why the tensor-core kernels cannot run on a CUDA device.");
-  module.def("why_no_conv3x3", &why_no_conv3x3,
-             "Empty, or why the kernels of 3x3 convolutions cannot run where the others can.");
+  module.def("kernel_path", &kernel_path, py::arg("device_type"), py::arg("device_index"),
+             py::arg("itemsize"), py::arg("allow_tf32"), py::arg("products_match_convolutions"),
+             py::arg("sizes"), py::arg("growth"), py::arg("bottleneck"), py::arg("kernel"),
+             py::arg("drops"),
+             "How a dense block's convolutions run, and why not on tensor cores.");
   module.def("limit_shared_memory", &efficient_densenet::cuda::limit_shared_memory,
              "For tests: as on a device with less shared memory, in bytes; 0 ends that.");
 }

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch_norm import BatchNorm
 from .storage import SharedStorage
@@ -147,9 +147,15 @@ def check_block_arguments(
     drop_rate: float,
     recompute: str,
     reader: BatchNorm | None,
-    entry: Tensor | None,
+    projection: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> torch.dtype:
-    """The dtype of the features of a dense block, or an error that names the wrong argument."""
+    """The dtype of the features of a dense block, or an error that names the wrong argument.
+
+    Args:
+        dtype: that the block computes in, where autocast has been decided on; x and weights are
+            cast to it.
+    """
     check_tensor("x", x)
     check_images("x", x, fewest_spatial_dims=1)
     if recompute not in RECOMPUTE:
@@ -163,15 +169,17 @@ def check_block_arguments(
         if not all(hasattr(layer, field) for field in ("norm1", "conv1", "norm2", "conv2")):
             raise TypeError(f"layers[{i}]: expected a DenseLayer, got {_type(layer)}")
     check_dtype("x", x)
-    dtype = computed_dtype(x)
+    is_cast = dtype is not None or _autocast_dtype(x) is not None
+    dtype = dtype or computed_dtype(x)
     for i, layer in enumerate(layers):
         _check_dims(f"layers[{i}]", layer, x)
     channels, first = x.size(1), layers[0].conv2
     reads = layers[0].conv1.size(1)
-    if entry is not None:
-        check_weight("entry", entry, (reads, channels, *(1,) * (x.dim() - 2)), x, dtype)
+    if projection is not None:
+        shape = reads, channels, *(1,) * (x.dim() - 2)
+        check_weight("projection", projection, shape, x, dtype, is_cast)
         if drop_rate > 0:
-            raise ValueError(f"entry: expected None with dropout, got drop_rate {drop_rate}")
+            raise ValueError(f"projection: expected None with dropout, got drop_rate {drop_rate}")
         channels = reads
     if reads != channels:
         raise ValueError(
@@ -179,7 +187,7 @@ def check_block_arguments(
         )
     for i, layer in enumerate(layers):
         name = f"layers[{i}]"
-        _check_convolutions(name, layer, channels, first, x, dtype)
+        _check_convolutions(name, layer, channels, first, x, dtype, is_cast)
         check_norm(f"{name}.norm1.", layer.norm1, channels, x, dtype)
         check_norm(f"{name}.norm2.", layer.norm2, first.size(1), x, dtype)
         channels += first.size(0)
@@ -229,7 +237,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _check_convolutions(
-    name: str, layer: DenseLayer, channels: int, first: Tensor, x: Tensor, dtype: torch.dtype
+    name: str,
+    layer: DenseLayer,
+    channels: int,
+    first: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    is_cast: bool,
 ) -> None:
     """``first``: the second convolution of the first layer, whose shape all layers share."""
     (growth, bottleneck, *kernel), shape = first.shape, list(layer.conv2.shape)
@@ -244,18 +258,23 @@ def _check_convolutions(
             f"layers[0].conv2 reads, got shape {list(layer.conv1.shape)}"
         )
     ones = (1,) * (x.dim() - 2)
-    check_weight(f"{name}.conv1", layer.conv1, (bottleneck, channels, *ones), x, dtype)
-    check_weight(f"{name}.conv2", layer.conv2, tuple(first.shape), x, dtype)
+    check_weight(f"{name}.conv1", layer.conv1, (bottleneck, channels, *ones), x, dtype, is_cast)
+    check_weight(f"{name}.conv2", layer.conv2, tuple(first.shape), x, dtype, is_cast)
 
 
 def check_weight(
-    name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
+    name: str,
+    weight: Tensor,
+    shape: tuple[int, ...],
+    x: Tensor,
+    dtype: torch.dtype,
+    is_cast: bool = False,
 ) -> None:
+    """``is_cast``: weights of other dtypes are cast, as autocast does."""
     check_tensor(name, weight)
     if weight.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got shape {list(weight.shape)}")
-    # Autocast casts weights as well.
-    if weight.dtype != dtype and (_autocast_dtype(x) is None or weight.dtype == torch.float64):
+    if weight.dtype != dtype and (not is_cast or weight.dtype == torch.float64):
         raise TypeError(f"{name}: expected {dtype} for {dtype} features, got {weight.dtype}")
     if weight.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} of x, got {weight.device}")
@@ -377,6 +396,11 @@ def check_drop_rate(drop_rate: float) -> None:
     check_number("drop_rate", drop_rate)
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+
+
+def check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {_type(value)}")
 
 
 def check_bool(name: str, value: object) -> None:

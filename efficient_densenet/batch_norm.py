@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,30 +47,44 @@ def update_running_statistics(
         mean, var: float64 statistics of the batch, of all channels; var is biased.
         rows: values per channel. An empty batch is counted and moves nothing else.
     """
-    if rows == 0:
-        for _, norm in norms:
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-        return
-    begins: list[int] = []
-    momenta: list[float] = []
-    running_mean: list[Tensor] = []
-    running_var: list[Tensor] = []
-    counts: list[Tensor] = []
+    trained = [(begin, norm) for begin, norm in norms if norm.training]
+    move_running_statistics(
+        [begin for begin, _ in trained],
+        [norm.running_mean for _, norm in trained],
+        [norm.running_var for _, norm in trained],
+        [norm.num_batches_tracked for _, norm in trained],
+        [norm.momentum for _, norm in trained],
+        mean,
+        var,
+        rows,
+    )
+
+
+def move_running_statistics(
+    begins: Sequence[int],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    batch_counts: Sequence[Tensor | None],
+    momenta: Sequence[float | None],
+    mean: Tensor,
+    var: Tensor,
+    rows: int,
+) -> None:
+    """:func:`update_running_statistics` of training norms, whose fields are lists."""
     copies = _Copies()
-    for begin, norm in norms:
-        tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
-        if not norm.training or all(tensor is None for tensor in tracked):
+    lists: tuple[list[Tensor], ...] = ([], [], [])
+    used: list[int] = []
+    for i, tracked in enumerate(zip(running_means, running_vars, batch_counts, strict=True)):
+        if tracked == (None, None, None):
             continue
-        begins.append(begin)
-        momenta.append(math.nan if norm.momentum is None else float(norm.momentum))
-        running_mean.append(copies.contiguous(norm.running_mean, mean))
-        running_var.append(copies.contiguous(norm.running_var, var))
-        counts.append(copies.contiguous(norm.num_batches_tracked, mean, torch.int64))
-    if begins:
+        used.append(i)
+        for to, buffer in zip(lists, tracked, strict=True):
+            to.append(copies.contiguous(buffer, mean))
+    if used:
         torch.ops.efficient_densenet.update_running_statistics(
-            mean, var, rows, begins, running_mean, running_var, counts, momenta
-        )
+            mean, var, rows, [begins[i] for i in used], *lists,
+            [momenta[i] or 0.0 for i in used], [momenta[i] is None for i in used],
+        )  # fmt: skip
         copies.write_back()
 
 
@@ -81,12 +94,10 @@ class _Copies:
     def __init__(self) -> None:
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def contiguous(
-        self, buffer: Tensor | None, like: Tensor, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def contiguous(self, buffer: Tensor | None, like: Tensor) -> Tensor:
         """An empty tensor stands for a buffer that the norm does not have."""
         if buffer is None:
-            return like.new_empty(0, dtype=dtype or torch.float32)
+            return like.new_empty(0)
         if buffer.is_contiguous():
             return buffer
         # One copy for a buffer that two norms share: it moves twice.

@@ -63,12 +63,13 @@ class _DenseLayer(nn.Module):
         self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
         self.drop_rate = float(drop_rate)
         self.efficient = efficient
-        self.storage = storage  # one for all layers of a block; not a buffer: nothing outlives a step
+        self.storage = (
+            storage  # one for all layers of a block; not a buffer: nothing outlives a step
+        )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        if not torch.jit.is_scripting():
-            if self.efficient and not records(features[0]):
-                return self._run(features)
+        if not torch.jit.is_scripting() and self.efficient and not records(features[0]):
+            return self._run(features)
         y = torch.cat(features, 1) if len(features) > 1 else features[0]
         y = self.relu1(self.norm1(y))
         if self.has_bottleneck:
@@ -219,9 +220,8 @@ class _Features(nn.Sequential):
     efficient = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if self.efficient and not records(x):
-                return self._run(x)
+        if not torch.jit.is_scripting() and self.efficient and not records(x):
+            return self._run(x)
         for module in self:
             x = module(x)
         return x
@@ -348,10 +348,9 @@ class DenseNet(nn.Module):
         self.classifier = classifier.to(like.device, like.dtype).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if not records(x):
-                averages = self._run(x, Ending.AVERAGE)
-                return self.classifier(averages.flatten(1))
+        if not torch.jit.is_scripting() and not records(x):
+            averages = self._run(x, Ending.AVERAGE)
+            return self.classifier(averages.flatten(1))
         return self.classifier(F.relu(self.features(x)).flatten(2).mean(2))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -367,9 +366,8 @@ class DenseNet(nn.Module):
         Raises:
             ValueError: ``x`` has another number of dimensions.
         """
-        if not torch.jit.is_scripting():
-            if not records(x):
-                return self._run(x, Ending.RELU)
+        if not torch.jit.is_scripting() and not records(x):
+            return self._run(x, Ending.RELU)
         return F.relu(self.features(x))
 
     @torch.jit.unused

@@ -83,7 +83,9 @@ def _report_unconverted(name: str, block: nn.Module, x: Tensor | None) -> BlockR
     layers = {layer: library.read(module) for layer, module in block.named_children()}
     lowered = lower(layers, "bottleneck", x)
     if isinstance(lowered, Refusal):
-        return BlockReport(name, f"library: not converted; would not be fused: {lowered.why}", None, None)
+        return BlockReport(
+            name, f"library: not converted; would not be fused: {lowered.why}", None, None
+        )
     path = f"library: not converted; would run on {kernel_path(lowered, x)}"
     return _with_bytes(name, path, lowered, x)
 

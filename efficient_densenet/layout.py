@@ -36,6 +36,20 @@ def dense_strides(sizes: Sequence[int], channels_last: bool) -> list[int]:
     return strides
 
 
+def with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """The same values with the strides of a parameter: a view of them where that can be."""
+    if tensor.stride() == tuple(strides):
+        return tensor
+    sizes = tensor.shape
+    fits = all(n == 1 or a == b for n, a, b in zip(sizes, tensor.stride(), strides, strict=True))
+    if fits:
+        return tensor.as_strided(sizes, strides)
+    overlaps = any(n > 1 and stride == 0 for n, stride in zip(sizes, strides, strict=True))
+    if overlaps:  # an expanded parameter
+        return tensor.contiguous()
+    return tensor.new_empty_strided(sizes, strides).copy_(tensor)
+
+
 def convolution_is_channels_last(
     x: Tensor, x_is_channels_last: bool, weight: Tensor, dtype: torch.dtype
 ) -> bool:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .arguments import check_block_arguments, computed_dtype, in_autocast
+from .arguments import computed_dtype, in_autocast
 from .batch_norm import BatchNorm
 from .block_spec import BlockSpec, Pool
 from .dense_block import BlockTensors, DenseLayer, describe
-from .libraries import LayerParts, TransitionParts, has_activation, transition_of
+from .libraries import LayerParts, has_activation, transition_of
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -195,9 +195,7 @@ def why_not_pair(parts: LayerParts) -> str | None:
     return None
 
 
-def why_not_layers(
-    layers: Mapping[str, LayerParts], may_synchronise: bool = False
-) -> str | None:
+def why_not_layers(layers: Mapping[str, LayerParts], may_synchronise: bool = False) -> str | None:
     """Why a block cannot run as one, whatever its input."""
     first_name, first = next(iter(layers.items()))
     why = why_torch_differs()

@@ -343,9 +343,7 @@ def _reader_at(modules: Sequence[Any], position: int, ending: Ending) -> Reader 
     return Reader(module, module, None, None, None, pool)
 
 
-def _call(
-    modules: Sequence[Any], position: int, x: Tensor, fuses: bool
-) -> tuple[Tensor, int]:
+def _call(modules: Sequence[Any], position: int, x: Tensor, fuses: bool) -> tuple[Tensor, int]:
     return modules[position](x), position + 1
 
 
@@ -363,7 +361,9 @@ def _run_unfused(
             convolved: Tensor = transition.conv(transition.pool_module(y))
             return convolved
 
-        return norm_relu_conv(transition.norm, transition.relu, pool_and_convolve, [x]), position + 1
+        return norm_relu_conv(
+            transition.norm, transition.relu, pool_and_convolve, [x]
+        ), position + 1
     relus = [] if has_activation(module) else list(following[:1])
     consumers = following[len(relus) :]
     if fuses and consumers and _is_stem(module, relus, x):

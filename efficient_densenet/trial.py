@@ -231,7 +231,9 @@ def _head_modules(model: nn.Module) -> Iterator[nn.Module]:
 def head_has_hooks(model: nn.Module) -> bool:
     """Whether somebody listens between the features and a linear layer."""
     listens = (
-        any(value for name, value in vars(module).items() if "forward" in name or "backward" in name)
+        any(
+            value for name, value in vars(module).items() if "forward" in name or "backward" in name
+        )
         for module in _head_modules(model)
         if not isinstance(module, nn.Linear)
     )

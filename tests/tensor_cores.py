@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from efficient_densenet._extension import _C
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float32: 2.0**-10, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # of operands
 BN_EPS = 1e-5
@@ -31,3 +33,13 @@ def kernels_of(function, names):
 
 def train(block, x):
     block(x).float().square().mean().backward()
+
+
+def kernel_path(
+    device, dtype, sizes, growth, bottleneck, kernel=(3, 3), drops=False, products_match=True
+):
+    """How a block would run, where torch's convolutions may use TF32."""
+    settings = dtype.itemsize, True, products_match
+    return _C.kernel_path(
+        device, 0, *settings, list(sizes), growth, bottleneck, list(kernel), drops
+    )

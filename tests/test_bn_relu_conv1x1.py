@@ -1,7 +1,6 @@
 """The tensor-core kernels: each against float64, their edges, and where a block runs on them."""
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -9,9 +8,16 @@ from torch import Tensor
 
 from block_reference import block_errors, make_block_problem, run
 from efficient_densenet import DenseBlock, DenseNet, dense_block
-from efficient_densenet.bn_relu_conv1x1 import Conv1x1, why_not_tensor_cores
-from reference import assert_error_ratio, relative_error, requires_cuda
-from tensor_cores import BN_EPS, EPS, by_dtype, kernels_of, requires_tensor_cores, train
+from reference import assert_error_ratio, relative_error
+from tensor_cores import (
+    BN_EPS,
+    EPS,
+    by_dtype,
+    kernel_path,
+    kernels_of,
+    requires_tensor_cores,
+    train,
+)
 
 OPS = torch.ops.efficient_densenet
 KERNELS = "bn_relu_conv1x1_kernel", "bn_relu_conv1x1_grad_input_kernel"
@@ -424,8 +430,11 @@ def test_evaluation_in_a_graph():
 
 
 def test_why_not():
-    cpu = torch.device("cpu")
-    assert "cpu" in why_not_tensor_cores(cpu, torch.float32, 100, 48)
+    path = kernel_path("cpu", torch.float32, (2, 100, 4, 4), 12, 48)
+    assert path == ("matrix products", *["the features are on cpu"] * 2)
+    path = kernel_path("cpu", torch.float32, (2, 100, 4, 4), 12, 48, products_match=False)
+    assert path[0] == "convolutions"
+    assert "meta" in kernel_path("meta", torch.float16, (2, 100, 4, 4), 12, 48)[1]
     assert (
         DenseBlock(2, 16, 12)
         .kernel_path(torch.randn(2, 16, 4, 4))
@@ -433,12 +442,3 @@ def test_why_not():
     )
     block = DenseBlock(2, 16, 12, efficient=False)
     assert block.kernel_path(torch.randn(2, 16, 4, 4)) == "layer by layer: efficient=False"
-
-
-@requires_cuda
-def test_a_path_that_cannot_run_is_an_error(monkeypatch):
-    module = sys.modules["efficient_densenet.dense_block"]  # the name is the function's as well
-    monkeypatch.setattr(module, "choose_conv1x1", lambda *args: Conv1x1.TENSOR_CORES)
-    problem = make_block_problem((2, 4, 4), torch.float64, "cuda")
-    with pytest.raises(RuntimeError, match="no tensor cores: there are no float64"):
-        run(dense_block, problem)

@@ -9,9 +9,16 @@ from torch import Tensor
 
 from block_reference import block_errors, make_block_problem, run
 from efficient_densenet import DenseBlock, DenseNet, dense_block
-from efficient_densenet.bn_relu_conv3x3 import why_not_conv3x3
 from reference import assert_error_ratio, relative_error
-from tensor_cores import BN_EPS, EPS, by_dtype, kernels_of, requires_tensor_cores, train
+from tensor_cores import (
+    BN_EPS,
+    EPS,
+    by_dtype,
+    kernel_path,
+    kernels_of,
+    requires_tensor_cores,
+    train,
+)
 
 OPS = torch.ops.efficient_densenet
 KERNELS = "bn_relu_conv3x3_kernel", "bn_relu_conv3x3_grad_input_kernel"
@@ -425,8 +432,20 @@ def test_a_step_in_a_graph():
 
 
 def test_why_not():
-    x = torch.randn(2, 40, 4, 4)
-    assert "cpu" in why_not_conv3x3(x, (3, 3), 12, 48, False)
+    assert "cpu" in kernel_path("cpu", torch.float32, (2, 40, 4, 4), 12, 48)[2]
+
+
+@requires_tensor_cores
+def test_why_not_on_tensor_cores():
+    def why(sizes=(2, 40, 4, 4), **others):
+        path = kernel_path("cuda", torch.float16, sizes, 12, 48, **others)
+        assert path[:2] == ("tensor cores", "")
+        return path[2]
+
+    assert why() == ""
+    assert why(drops=True) == "dropout follows the convolutions"
+    assert why(kernel=(5, 5)) == "convolutions of size (5, 5) of 2 spatial dimensions"
+    assert why((2, 40, 4), kernel=(3,)) == "convolutions of size (3,) of 1 spatial dimensions"
 
 
 @requires_tensor_cores

@@ -223,7 +223,7 @@ def as_products(products, monkeypatch):
     """Where torch's settings ask for it, a convolution in front is not a matrix product."""
     if not products:
         module = sys.modules["efficient_densenet.dense_block"]
-        monkeypatch.setattr(module, "products_are_as_convolutions", lambda *args: False)
+        monkeypatch.setattr(module, "settings", lambda *args: (False, False))
 
 
 @PRODUCTS

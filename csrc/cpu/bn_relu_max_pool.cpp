@@ -11,9 +11,9 @@
 // as concat_bn_relu_backward: to gather twice instead would save a write and a read of the size of
 // x where that is larger than the cache, and cost sums and gradients of its own. Limit: forward,
 // the arithmetic of the 3^dims places; backward, memory bandwidth.
-#include "../bn_relu_max_pool.h"
+#include "operators/bn_relu_max_pool.h"
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace efficient_densenet::cpu {
 namespace {
@@ -166,11 +166,11 @@ void in_parallel_lines(const RowSpace& rows, int64_t channels, const Body& body)
 }
 
 template <typename T>
-void pool_lines(const Problem& problem, const Channels<T>& channels, const Pooled& pooled,
+void pool_lines(const KernelArgs& args, const Channels<T>& channels, const Pooled& pooled,
                 int64_t begin, int64_t end) {
-  const RowSpace windows = pooled_rows(problem.rows);
-  const Shape shape{windows.sizes[kMaxRowDims - 1], problem.channels};
-  Patch<T> x(problem.features[0].x, problem.rows, problem.channels, kPlaces);
+  const RowSpace windows = pooled_rows(args.rows);
+  const Shape shape{windows.sizes[kMaxRowDims - 1], args.channels};
+  Patch<T> x(args.features[0].x, args.rows, args.channels, kPlaces);
   std::vector<T> y_scratch;
   std::vector<uint8_t> winners_scratch;
   for (int64_t line = begin; line < end; ++line) {
@@ -183,7 +183,7 @@ void pool_lines(const Problem& problem, const Channels<T>& channels, const Poole
       window.index[2] = first;
       loops<T>().max_pool({last - first, shape.columns},
                           along_line<const T>(patch, {0, {1, 1, 2 * first}}, 2),
-                          places_of(window, problem.rows, patch), y.from(first, 1),
+                          places_of(window, args.rows, patch), y.from(first, 1),
                           winners.from(first, 1), channels.at(0));
     });
     y.finish();
@@ -193,15 +193,15 @@ void pool_lines(const Problem& problem, const Channels<T>& channels, const Poole
 
 // What the windows send to each pixel: the gradient of the normalised rows.
 template <typename T>
-void unpool_lines(const Problem& problem, const Pooled& pooled, const View& grad_x, int64_t begin,
+void unpool_lines(const KernelArgs& args, const Pooled& pooled, const View& grad_x, int64_t begin,
                   int64_t end) {
-  const RowSpace windows = pooled_rows(problem.rows);
-  const Shape shape{problem.rows.sizes[kMaxRowDims - 1], problem.channels};
-  Patch<T> grad_y(pooled.y, windows, problem.channels, 2);
-  Patch<uint8_t> winners(pooled.winners, windows, problem.channels, 2);
+  const RowSpace windows = pooled_rows(args.rows);
+  const Shape shape{args.rows.sizes[kMaxRowDims - 1], args.channels};
+  Patch<T> grad_y(pooled.y, windows, args.channels, 2);
+  Patch<uint8_t> winners(pooled.winners, windows, args.channels, 2);
   std::vector<T> scratch;
   for (int64_t line = begin; line < end; ++line) {
-    Position pixel = line_at(line, problem.rows);
+    Position pixel = line_at(line, args.rows);
     const int64_t d = pixel.index[0] / 2, h = pixel.index[1] / 2;
     const View grad_patch = grad_y.from_line(pixel.image, d, h);
     const View winners_patch = winners.from_line(pixel.image, d, h);
@@ -221,28 +221,28 @@ void unpool_lines(const Problem& problem, const Pooled& pooled, const View& grad
 
 }  // namespace
 
-void bn_relu_max_pool(const Problem& problem, const BatchNorm& bn, const Pooled& pooled) {
-  dispatch(problem.element, [&](auto element) {
+void bn_relu_max_pool(const KernelArgs& args, const BatchNorm& bn, const Pooled& pooled) {
+  dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Channels<T> channels(bn, problem.channels, 1);
-    in_parallel_lines(pooled_rows(problem.rows), problem.channels, [&](int64_t begin, int64_t end) {
-      pool_lines(problem, channels, pooled, begin, end);
+    const Channels<T> channels(bn, args.channels, 1);
+    in_parallel_lines(pooled_rows(args.rows), args.channels, [&](int64_t begin, int64_t end) {
+      pool_lines(args, channels, pooled, begin, end);
     });
   });
 }
 
-void bn_relu_max_pool_backward(const Problem& problem, const BatchNorm& bn, const Pooled& pooled,
+void bn_relu_max_pool_backward(const KernelArgs& args, const BatchNorm& bn, const Pooled& pooled,
                                const Gradients& gradients) {
-  const View& grad_x = problem.features[0].grad_x;
-  dispatch(problem.element, [&](auto element) {
+  const View& grad_x = args.features[0].grad_x;
+  dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    in_parallel_lines(problem.rows, problem.channels, [&](int64_t begin, int64_t end) {
-      unpool_lines<T>(problem, pooled, grad_x, begin, end);
+    in_parallel_lines(args.rows, args.channels, [&](int64_t begin, int64_t end) {
+      unpool_lines<T>(args, pooled, grad_x, begin, end);
     });
   });
   Gradients of_pixels = gradients;
   of_pixels.grad_y = grad_x;
-  concat_bn_relu_backward(problem, bn, of_pixels);
+  concat_bn_relu_backward(args, bn, of_pixels);
 }
 
 }  // namespace efficient_densenet::cpu

@@ -3,15 +3,15 @@
 //
 // Tiling: rows.h. Bytes: each element is read once and written once; nothing else grows with the
 // rows. Limit: memory bandwidth; for features of few channels, the short inner loops.
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace efficient_densenet::cpu {
 
-void concat_bn_relu(const Problem& problem, const BatchNorm& bn, const View& y) {
-  dispatch(problem.element, [&](auto element) {
+void concat_bn_relu(const KernelArgs& args, const BatchNorm& bn, const View& y) {
+  dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Walk walk(problem);
-    const Channels<T> channels(bn, problem.channels, walk.repeat());
+    const Walk walk(args);
+    const Channels<T> channels(bn, args.channels, walk.repeat());
     walk.for_each_tile([&](const Tile& tile) {
       loops<T>().normalise(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
                            walk.of_all<T>(y, tile), channels.at(tile.column));

@@ -8,26 +8,26 @@
 // Tiling: rows.h; first the sums of all rows, then the gradients, each from the grad_y at its own
 // place, so grad_x may take the memory of grad_y.
 // Bytes: x and grad_y are read twice, grad_x is written once. Limit: memory bandwidth.
-#include "correction.h"
+#include "cpu/correction.h"
 
 namespace efficient_densenet::cpu {
 
-void concat_bn_relu_backward(const Problem& problem, const BatchNorm& bn,
+void concat_bn_relu_backward(const KernelArgs& args, const BatchNorm& bn,
                              const Gradients& gradients) {
-  dispatch(problem.element, [&](auto element) {
+  dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Walk walk(problem);
-    const Channels<T> channels(bn, problem.channels, walk.repeat());
+    const Walk walk(args);
+    const Channels<T> channels(bn, args.channels, walk.repeat());
     const auto sums = walk.sums([&](const Tile& tile, double* dz, double* dz_centred) {
       loops<T>().accumulate(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
                             walk.of_all<const T>(gradients.grad_y, tile), {}, Write::kNothing,
                             channels.at(tile.column), &channels.scale[tile.column], dz, dz_centred);
     });
-    std::vector<double> s1(problem.channels), s2(problem.channels);
+    std::vector<double> s1(args.channels), s2(args.channels);
     const Correction correction{s1.data(), s2.data()};
     finish_sums(channels, sums.data(), gradients.grad_weight, gradients.grad_bias,
                 gradients.batch_statistics, true, correction);
-    const BatchTerm<T> term(correction, channels.rest, problem.rows.count, walk.repeat());
+    const BatchTerm<T> term(correction, channels.rest, args.rows.count, walk.repeat());
     walk.for_each_tile([&](const Tile& tile) {
       if (tile.feature.grad_x.data == nullptr) return;
       loops<T>().gradient(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),

@@ -2,8 +2,8 @@
 // statistics send back to the features, in the notation of dense_block.h.
 #pragma once
 
-#include "../dense_block.h"
-#include "rows.h"
+#include "cpu/rows.h"
+#include "dense_block/kernels.h"
 
 namespace efficient_densenet::cpu {
 

@@ -9,9 +9,8 @@
 //   finalise    x and G read once, grad_x written once
 //   pool        x read once, y written once
 // Limit: memory bandwidth. Where a chunk of rows fits the L2 cache, grad_y comes from there.
-#include "../dense_block.h"
-
-#include "correction.h"
+#include "cpu/correction.h"
+#include "dense_block/kernels.h"
 
 namespace efficient_densenet::cpu {
 namespace {
@@ -59,14 +58,14 @@ void fill_with_zeros(const Matrix<T>& matrix, const Shape& shape) {
 }
 
 template <typename T>
-std::vector<double> accumulate(const Problem& problem, const Channels<T>& channels,
-                               const Reader& reader) {
-  const Walk walk(problem);
-  const Write mode = reader.first_reader ? Write::kAssign : Write::kAdd;
+std::vector<double> accumulate(const KernelArgs& args, const Channels<T>& channels,
+                               const NormGradArgs& norm_grad) {
+  const Walk walk(args);
+  const Write mode = norm_grad.first_reader ? Write::kAssign : Write::kAdd;
   return walk.sums([&](const Tile& tile, double* dz, double* dz_centred) {
     loops<T>().accumulate(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
-                          walk.of_all<const T>(reader.grad_y, tile),
-                          walk.of_all<acc_t<T>>(reader.grad_features, tile), mode,
+                          walk.of_all<const T>(norm_grad.grad_y, tile),
+                          walk.of_all<acc_t<T>>(norm_grad.grad_features, tile), mode,
                           channels.at(tile.column), &channels.scale[tile.column], dz, dz_centred);
   });
 }
@@ -74,10 +73,10 @@ std::vector<double> accumulate(const Problem& problem, const Channels<T>& channe
 // The mean over a window hands each of its pixels an equal share of the gradient. Shares are powers
 // of two, so they may be taken from the scale and from the sums.
 template <typename T>
-std::vector<double> accumulate_pooled(const Problem& problem, const Channels<T>& channels,
-                                      const Reader& reader) {
-  const Pooling& pooling = *reader.pooling;
-  const Write mode = reader.first_reader ? Write::kAssign : Write::kAdd;
+std::vector<double> accumulate_pooled(const KernelArgs& args, const Channels<T>& channels,
+                                      const NormGradArgs& norm_grad) {
+  const Pooling& pooling = *norm_grad.pooling;
+  const Write mode = norm_grad.first_reader ? Write::kAssign : Write::kAdd;
   const int64_t width = line_width(pooling), pooled_width = width / 2;
   const double share = std::ldexp(1.0, -pooling.dims);
   std::vector<acc_t<T>> factor(channels.scale);
@@ -88,18 +87,18 @@ std::vector<double> accumulate_pooled(const Problem& problem, const Channels<T>&
     const int64_t covered = parent < 0 ? 0 : 2 * pooled_width;
     for (int64_t place = 0; place < 2 && covered > 0; ++place) {
       const int64_t first = line * width + place;
-      loops<T>().accumulate({pooled_width, problem.channels},
-                            matrix<const T>(problem.features[0].x, first, 2),
-                            matrix<const T>(reader.grad_y, parent * pooled_width),
-                            matrix<acc_t<T>>(reader.grad_features, first, 2), mode, channels.at(0),
-                            factor.data(), sums, sums + problem.channels);
+      loops<T>().accumulate({pooled_width, args.channels},
+                            matrix<const T>(args.features[0].x, first, 2),
+                            matrix<const T>(norm_grad.grad_y, parent * pooled_width),
+                            matrix<acc_t<T>>(norm_grad.grad_features, first, 2), mode,
+                            channels.at(0), factor.data(), sums, sums + args.channels);
     }
-    if (reader.first_reader) {
-      fill_with_zeros(matrix<acc_t<T>>(reader.grad_features, line * width + covered),
-                      {width - covered, problem.channels});
+    if (norm_grad.first_reader) {
+      fill_with_zeros(matrix<acc_t<T>>(norm_grad.grad_features, line * width + covered),
+                      {width - covered, args.channels});
     }
   };
-  std::vector<double> sums = sums_in_parallel(problem.channels, problem.rows.count / width,
+  std::vector<double> sums = sums_in_parallel(args.channels, args.rows.count / width,
                                               std::max<int64_t>(1, kChunkRows / width),
                                               [&](int64_t begin, int64_t end, double* sums) {
                                                 for (int64_t line = begin; line < end; ++line)
@@ -111,10 +110,10 @@ std::vector<double> accumulate_pooled(const Problem& problem, const Channels<T>&
 
 // The same for the mean over an image: a line of grad_y that all of its rows read.
 template <typename T>
-std::vector<double> accumulate_averaged(const Problem& problem, const Channels<T>& channels,
-                                        const Reader& reader) {
-  const int64_t pixels = reader.pooling->window;
-  const Write mode = reader.first_reader ? Write::kAssign : Write::kAdd;
+std::vector<double> accumulate_averaged(const KernelArgs& args, const Channels<T>& channels,
+                                        const NormGradArgs& norm_grad) {
+  const int64_t pixels = norm_grad.pooling->window;
+  const Write mode = norm_grad.first_reader ? Write::kAssign : Write::kAdd;
   const double share = 1 / static_cast<double>(pixels);
   std::vector<acc_t<T>> factor(channels.scale);
   for (acc_t<T>& value : factor) value *= static_cast<acc_t<T>>(share);
@@ -122,40 +121,40 @@ std::vector<double> accumulate_averaged(const Problem& problem, const Channels<T
   const auto chunk = [&](int64_t begin, int64_t end, double* sums) {
     while (begin < end) {
       const int64_t image = begin / pixels, stop = std::min(end, (image + 1) * pixels);
-      loops<T>().accumulate(
-          {stop - begin, problem.channels}, matrix<const T>(problem.features[0].x, begin),
-          matrix<const T>(reader.grad_y, image, 0), matrix<acc_t<T>>(reader.grad_features, begin),
-          mode, channels.at(0), factor.data(), sums, sums + problem.channels);
+      loops<T>().accumulate({stop - begin, args.channels},
+                            matrix<const T>(args.features[0].x, begin),
+                            matrix<const T>(norm_grad.grad_y, image, 0),
+                            matrix<acc_t<T>>(norm_grad.grad_features, begin), mode, channels.at(0),
+                            factor.data(), sums, sums + args.channels);
       begin = stop;
     }
   };
-  std::vector<double> sums =
-      sums_in_parallel(problem.channels, problem.rows.count, kChunkRows, chunk);
+  std::vector<double> sums = sums_in_parallel(args.channels, args.rows.count, kChunkRows, chunk);
   for (double& sum : sums) sum *= share;
   return sums;
 }
 
 template <typename T>
-std::vector<double> accumulate_any(const Problem& problem, const Channels<T>& channels,
-                                   const Reader& reader) {
-  if (reader.pooling == nullptr) return accumulate(problem, channels, reader);
-  if (reader.pooling->of_images()) return accumulate_averaged(problem, channels, reader);
-  return accumulate_pooled(problem, channels, reader);
+std::vector<double> accumulate_any(const KernelArgs& args, const Channels<T>& channels,
+                                   const NormGradArgs& norm_grad) {
+  if (norm_grad.pooling == nullptr) return accumulate(args, channels, norm_grad);
+  if (norm_grad.pooling->of_images()) return accumulate_averaged(args, channels, norm_grad);
+  return accumulate_pooled(args, channels, norm_grad);
 }
 
 // y = mean of relu(bn(x)) over each image
 template <typename T>
-void average_images(const Problem& problem, const Channels<T>& channels, const Pooling& pooling,
+void average_images(const KernelArgs& args, const Channels<T>& channels, const Pooling& pooling,
                     const View& y) {
   constexpr int64_t kColumns = 64;  // of an item of work
-  const int64_t pixels = pooling.window, columns = problem.channels;
+  const int64_t pixels = pooling.window, columns = args.channels;
   const int64_t parts = (columns + kColumns - 1) / kColumns;
   in_parallel(pooling.images * parts, pixels * kColumns, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t image = item / parts, column = item % parts * kColumns;
       const int64_t count = std::min(kColumns, columns - column);
       double sums[kColumns] = {};
-      Matrix<const T> x = matrix<const T>(problem.features[0].x, image * pixels);
+      Matrix<const T> x = matrix<const T>(args.features[0].x, image * pixels);
       x.data += column;
       loops<T>().activations({pixels, count}, x, channels.at(column), sums);
       T* const to = matrix<T>(y, image).data + column;
@@ -166,58 +165,53 @@ void average_images(const Problem& problem, const Channels<T>& channels, const P
   });
 }
 
-template <typename T>
-void update_average(void* running, int64_t channel, double factor, double value) {
-  T& average = static_cast<T*>(running)[channel];
-  average = static_cast<T>((1 - factor) * static_cast<acc_t<T>>(average) + factor * value);
-}
-
 }  // namespace
 
-void dense_block_accumulate(const Problem& problem, const BatchNorm& bn, const Reader& reader) {
-  dispatch(problem.element, [&](auto element) {
+void accumulate_norm_grad(const KernelArgs& args, const BatchNorm& bn,
+                          const NormGradArgs& norm_grad) {
+  dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Channels<T> channels(bn, problem.channels, Walk(problem).repeat());
-    const std::vector<double> sums = accumulate_any(problem, channels, reader);
+    const Channels<T> channels(bn, args.channels, Walk(args).repeat());
+    const std::vector<double> sums = accumulate_any(args, channels, norm_grad);
     for (size_t i = 0; i < sums.size(); ++i) {
-      reader.sums[i] = (reader.first_chunk ? 0 : reader.sums[i]) + sums[i];
+      norm_grad.sums[i] = (norm_grad.first_chunk ? 0 : norm_grad.sums[i]) + sums[i];
     }
-    if (!reader.last_chunk) return;
-    finish_sums(channels, reader.sums, reader.grad_weight, reader.grad_bias,
-                reader.batch_statistics, reader.first_reader, reader.correction);
+    if (!norm_grad.last_chunk) return;
+    finish_sums(channels, norm_grad.sums, norm_grad.grad_weight, norm_grad.grad_bias,
+                norm_grad.batch_statistics, norm_grad.first_reader, norm_grad.correction);
   });
 }
 
-void dense_block_finalise(const Problem& problem, const View& grad_features, const double* mean,
-                          const Correction& correction) {
-  dispatch(problem.element, [&](auto element) {
+void apply_bn_correction(const KernelArgs& args, const View& grad_features, const double* mean,
+                         const Correction& correction) {
+  dispatch(args.element, [&](auto element) {
     using T = decltype(element);
     using Acc = acc_t<T>;
-    const Walk walk(problem);
-    std::vector<Acc> rounded(problem.channels * walk.repeat());
-    std::vector<double> rest(problem.channels);
-    for (int64_t c = 0; c < problem.channels; ++c) {
+    const Walk walk(args);
+    std::vector<Acc> rounded(args.channels * walk.repeat());
+    std::vector<double> rest(args.channels);
+    for (int64_t c = 0; c < args.channels; ++c) {
       rest[c] = mean[c] - static_cast<Acc>(mean[c]);
       std::fill_n(&rounded[c * walk.repeat()], walk.repeat(), static_cast<Acc>(mean[c]));
     }
-    const BatchTerm<T> term(correction, rest, problem.rows.count, walk.repeat());
+    const BatchTerm<T> term(correction, rest, args.rows.count, walk.repeat());
     walk.for_each_tile([&](const Tile& tile) {
-      loops<T>().finalise(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
-                          walk.of_all<const Acc>(grad_features, tile),
-                          walk.of_feature<T>(tile.feature.grad_x, tile), &rounded[tile.column],
-                          &term.offset[tile.column], &term.rest[tile.column],
-                          &term.slope[tile.column]);
+      loops<T>().apply_bn_correction(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
+                                     walk.of_all<const Acc>(grad_features, tile),
+                                     walk.of_feature<T>(tile.feature.grad_x, tile),
+                                     &rounded[tile.column], &term.offset[tile.column],
+                                     &term.rest[tile.column], &term.slope[tile.column]);
     });
   });
 }
 
-void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling& pooling,
-                      const View& y) {
-  dispatch(problem.element, [&](auto element) {
+void average_pool(const KernelArgs& args, const BatchNorm& bn, const Pooling& pooling,
+                  const View& y) {
+  dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Channels<T> channels(bn, problem.channels, 1);
-    if (pooling.of_images()) return average_images(problem, channels, pooling, y);
-    const View& x = problem.features[0].x;
+    const Channels<T> channels(bn, args.channels, 1);
+    if (pooling.of_images()) return average_images(args, channels, pooling, y);
+    const View& x = args.features[0].x;
     const int64_t width = line_width(pooling), pooled_width = width / 2;
 
     // Corner `i` of a window is one pixel further in the dimensions whose bits are set in `i`.
@@ -229,30 +223,14 @@ void dense_block_pool(const Problem& problem, const BatchNorm& bn, const Pooling
       stride *= pooling.sizes[d];
       if (d < pooling.dims - 1) pooled_lines *= pooling.sizes[d] / 2;
     }
-    in_parallel(pooled_lines, width * problem.channels, [&](int64_t begin, int64_t end) {
+    in_parallel(pooled_lines, width * args.channels, [&](int64_t begin, int64_t end) {
       for (int64_t line = begin; line < end; ++line) {
-        loops<T>().pool({pooled_width, problem.channels},
+        loops<T>().pool({pooled_width, args.channels},
                         matrix<const T>(x, first_child_line(pooling, line) * width, 2), window,
                         matrix<T>(y, line * pooled_width), channels.at(0));
       }
     });
   });
-}
-
-void update_running_statistics(const std::vector<RunningStatistics>& norms, int64_t rows, void*) {
-  const double unbiased = static_cast<double>(rows) / static_cast<double>(rows - 1);
-  for (const RunningStatistics& norm : norms) {
-    const double batches = norm.num_batches_tracked == nullptr ? 0 : ++*norm.num_batches_tracked;
-    const double cumulative = batches > 0 ? 1 / batches : 0;
-    const double factor = std::isnan(norm.momentum) ? cumulative : norm.momentum;
-    dispatch(norm.element, [&](auto element) {
-      using T = decltype(element);
-      for (int64_t c = 0; c < norm.channels; ++c) {
-        update_average<T>(norm.running_mean, c, factor, norm.mean[c]);
-        update_average<T>(norm.running_var, c, factor, norm.var[c] * unbiased);
-      }
-    });
-  }
 }
 
 }  // namespace efficient_densenet::cpu

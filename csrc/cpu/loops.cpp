@@ -1,10 +1,10 @@
 // The loops for what every machine has, and the choice among instruction sets.
-#include "loops.h"
+#include "cpu/loops.h"
 
 #include <cstdlib>
 #include <cstring>
 
-#include "loops_impl.h"
+#include "cpu/loops_impl.h"
 
 namespace efficient_densenet::cpu {
 

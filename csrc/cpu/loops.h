@@ -69,9 +69,9 @@ struct Loops {
   void (*gradient)(Shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> grad_x, Numbers<T>,
                    const acc_t<T>* offset, const acc_t<T>* slope);
   // grad_x = g - (offset + ((x - mean) * slope + rest)): g meets a number that differs in every row
-  void (*finalise)(Shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
-                   const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
-                   const acc_t<T>* slope);
+  void (*apply_bn_correction)(Shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
+                              const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
+                              const acc_t<T>* slope);
   // Adds relu(normalise(x)) to the sums.
   void (*activations)(Shape, Matrix<const T> x, Numbers<T>, double* sum);
   // y = mean of relu(normalise(x)) over a window

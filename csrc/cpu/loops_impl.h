@@ -8,7 +8,7 @@
 //
 // Multiply and add are never fused (-ffp-contract=off): forward and backward pass, and all
 // instruction sets, round alike.
-#include "loops.h"
+#include "cpu/loops.h"
 
 namespace efficient_densenet::cpu {
 namespace {
@@ -272,9 +272,9 @@ void gradient(Shape shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> 
 }
 
 template <typename T>
-void finalise(Shape shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
-              const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
-              const acc_t<T>* slope) {
+void apply_bn_correction(Shape shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
+                         const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
+                         const acc_t<T>* slope) {
   const bool neighbours = columns_are_neighbours(x, g, grad_x);
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;
@@ -377,8 +377,9 @@ void unpool(Shape shape, Matrix<const T> grad_y, Matrix<const uint8_t> winners,
 }
 
 template <typename T>
-constexpr Loops<T> kLoops = {moments<T>,     normalise<T>, accumulate<T>, gradient<T>, finalise<T>,
-                             activations<T>, pool<T>,      max_pool<T>,   unpool<T>};
+constexpr Loops<T> kLoops = {
+    moments<T>,     normalise<T>, accumulate<T>, gradient<T>, apply_bn_correction<T>,
+    activations<T>, pool<T>,      max_pool<T>,   unpool<T>};
 
 constexpr AllLoops kAll = {kLoops<double>, kLoops<float>, kLoops<c10::Half>, kLoops<c10::BFloat16>};
 

@@ -18,8 +18,8 @@
 #include <cmath>
 #include <vector>
 
-#include "../concat_bn_relu.h"
-#include "loops.h"
+#include "common/kernel_args.h"
+#include "cpu/loops.h"
 
 namespace efficient_densenet::cpu {
 
@@ -84,8 +84,7 @@ struct Tile {
 
 class Walk {
  public:
-  explicit Walk(const Problem& problem)
-      : problem_(problem), channels_inner_(channels_are_inner(problem)) {}
+  explicit Walk(const KernelArgs& args) : args_(args), channels_inner_(channels_are_inner(args)) {}
 
   // How often per-channel arrays hold each number: once per column of a channel.
   int64_t repeat() const { return channels_inner_ ? 1 : kLanes; }
@@ -104,14 +103,14 @@ class Walk {
   // Covers all elements of all features, in parallel.
   template <typename Body>
   void for_each_tile(const Body& body) const {
-    in_parallel(problem_.rows.count, problem_.channels,
+    in_parallel(args_.rows.count, args_.channels,
                 [&](int64_t begin, int64_t end) { for_each_tile(begin, end, body); });
   }
 
   // Two sums per channel, [2, C], of what body(tile, sum, other sum) adds for each column.
   template <typename Body>
   std::vector<double> sums(const Body& body) const {
-    const int64_t channels = problem_.channels;
+    const int64_t channels = args_.channels;
     const auto chunk = [&](int64_t begin, int64_t end, double* sums) {
       for_each_tile(begin, end, [&](const Tile& tile) {
         double* const sum = sums + tile.feature.first_channel + tile.channel;
@@ -122,23 +121,23 @@ class Walk {
         for (const double lane : lanes[1]) sum[channels] += lane;
       });
     };
-    return sums_in_parallel(channels, problem_.rows.count, kChunkRows, chunk);
+    return sums_in_parallel(channels, args_.rows.count, kChunkRows, chunk);
   }
 
  private:
-  static bool channels_are_inner(const Problem& problem) {
+  static bool channels_are_inner(const KernelArgs& args) {
     const auto all = [&](auto condition) {
-      return std::all_of(problem.features.begin(), problem.features.end(),
+      return std::all_of(args.features.begin(), args.features.end(),
                          [&](const Feature& feature) { return condition(feature.x); });
     };
-    const int inner = problem.rows.dims - 1;
+    const int inner = args.rows.dims - 1;
     return all([](const View& x) { return x.channel_stride == 1; }) &&
            !all([&](const View& x) { return x.row_strides[inner] == 1; });
   }
 
   template <typename T>
   Matrix<T> matrix(const View& view, int64_t row, int64_t channel) const {
-    const RowSpace& rows = problem_.rows;
+    const RowSpace& rows = args_.rows;
     const int64_t row_stride = view.row_strides[rows.dims - 1];
     int64_t offset = channel * view.channel_stride;
     for (int d = rows.dims - 1; d > 0; --d) {
@@ -155,11 +154,11 @@ class Walk {
   template <typename Body>
   void for_each_tile(int64_t begin, int64_t end, const Body& body) const {
     constexpr int64_t kStretch = 64;
-    const int64_t inner = problem_.rows.sizes[problem_.rows.dims - 1];
+    const int64_t inner = args_.rows.sizes[args_.rows.dims - 1];
     while (begin < end) {
       int64_t length = std::min(inner - begin % inner, end - begin);
       if (channels_inner_) length = std::min(length, kStretch);
-      for (const Feature& feature : problem_.features) {
+      for (const Feature& feature : args_.features) {
         if (!channels_inner_) {
           for_each_fold(feature, begin, length, body);
         } else if (feature.channels > 0) {
@@ -180,7 +179,7 @@ class Walk {
     }
   }
 
-  const Problem& problem_;
+  const KernelArgs& args_;
   const bool channels_inner_;
 };
 

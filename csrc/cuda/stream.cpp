@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "../checks.h"
-#include "../concat_bn_relu.h"
+#include "common/checks.h"
+#include "common/kernel_args.h"
 
 namespace efficient_densenet::cuda {
 namespace {

@@ -1,0 +1,39 @@
+// The operators of ATen that a block needs, called through the dispatcher of the stable ABI.
+//
+// They follow torch's settings (TF32, cudnn.benchmark, deterministic algorithms), and a failure
+// keeps its text where this torch can tell it (2.13 and later). None of them may take a Scalar,
+// which that dispatcher does not pass on: no addmm, no add.
+#pragma once
+
+#include "common/tensors.h"
+
+namespace efficient_densenet::aten {
+
+// out = a b
+void mm_out(const Tensor& a, const Tensor& b, const Tensor& out);
+
+// The same where `out` is of a wider type, so that sums of 16-bit products are not rounded.
+void wide_mm_out(const Tensor& a, const Tensor& b, const Tensor& out);
+
+// out = x, whatever the dtypes and strides.
+void copy(const Tensor& x, const Tensor& out);
+
+// out = the tensors one after the other along their first dimension.
+void cat_out(const Tensors& tensors, const Tensor& out);
+
+// out = the sum of x over its first dimension.
+void sum_out(const Tensor& x, const Tensor& out);
+
+// Stride 1, zero padding of half the kernel ("same" for odd kernels), no bias.
+Tensor convolution(const Tensor& x, const Tensor& weight);
+
+struct ConvolutionGradients {
+  std::optional<Tensor> x, weight;  // those that were asked for
+};
+ConvolutionGradients convolution_backward(const Tensor& grad_y, const Tensor& x,
+                                          const Tensor& weight, bool wants_x, bool wants_weight);
+
+// x where the mask is set, times scale, else 0: forward and backward of dropout.
+Tensor apply_dropout(const Tensor& x, const Tensor& mask, double scale);
+
+}  // namespace efficient_densenet::aten

@@ -1,0 +1,186 @@
+// What the operators share: element types, strides of rows, device and workspace of a call.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/arguments.h"
+#include "common/kernel_args.h"
+
+namespace efficient_densenet {
+
+inline Element element_of(const char* op, const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return Element::kDouble;
+    case ScalarType::Float:
+      return Element::kFloat;
+    case ScalarType::Half:
+      return Element::kHalf;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    default:
+      fail(op, name, ": expected float64, float32, float16 or bfloat16, got ", describe(x));
+  }
+}
+
+inline ScalarType parameter_type(Element element) {
+  return is_double(element) ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Device& device) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, device);
+}
+
+inline bool same_rows(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (d != 1 && a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+// Of a call's arrays [C], one number per channel: checks, pointers, new ones.
+struct ChannelArrays {
+  const char* op;
+  Element element;  // of the features
+  int64_t channels;
+  Device device;
+
+  void* pointer(const char* name, const Tensor& tensor, ScalarType dtype) const {
+    EFFICIENT_DENSENET_CHECK(
+        tensor.dim() == 1 && tensor.size(0) == channels && tensor.is_contiguous(), op, name,
+        ": expected a contiguous tensor of length ", channels);
+    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == dtype, op, name,
+                             ": expected float64 for mean, var and float64 features, else float32");
+    EFFICIENT_DENSENET_CHECK(tensor.device() == device, op, name,
+                             ": device differs from that of the features");
+    return tensor.data_ptr();
+  }
+
+  void* parameter(const char* name, const std::optional<Tensor>& tensor) const {
+    return tensor.has_value() ? pointer(name, *tensor, parameter_type(element)) : nullptr;
+  }
+
+  BatchNorm batch_norm(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+                       const std::optional<Tensor>& bias, double eps) const {
+    return {static_cast<const double*>(pointer("mean", mean, ScalarType::Double)),
+            static_cast<const double*>(pointer("var", var, ScalarType::Double)),
+            parameter("weight", weight), parameter("bias", bias), eps};
+  }
+
+  Tensor make(ScalarType dtype) const { return empty({channels}, dtype, device); }
+  Tensor make_parameter() const { return make(parameter_type(element)); }
+};
+
+// Adds the tensors of a call one after the other, then merges the row dimensions of all.
+class Geometry {
+ public:
+  Geometry(const char* op, const char* name, const Tensor& first)
+      : op_(op), name_(name), first_(first) {
+    EFFICIENT_DENSENET_CHECK(first.dim() >= 2 && first.dim() <= 1 + kMaxRowDims, op, name,
+                             ": expected [N, C, *spatial] with 0 to 3 spatial dimensions, got ",
+                             first.dim(), " dimensions");
+  }
+
+  void add(const char* name, const Tensor& tensor, View* view) {
+    EFFICIENT_DENSENET_CHECK(same_rows(first_, tensor), op_, name,
+                             ": batch or spatial sizes differ from ", name_);
+    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == first_.scalar_type(), op_, name,
+                             ": dtype differs from ", name_);
+    EFFICIENT_DENSENET_CHECK(tensor.device() == first_.device(), op_, name,
+                             ": device differs from ", name_);
+    view->data = tensor.data_ptr();
+    view->channel_stride = tensor.stride(1);
+    tensors_.push_back(tensor);
+    views_.push_back(view);
+  }
+
+  // Call once all tensors were added; fills the row strides of their views.
+  RowSpace merge_rows() {
+    RowSpace rows{1, {1, 1, 1, 1}, 1};
+    for (View* view : views_) view->row_strides[0] = 0;
+    bool first = true;
+    for (int64_t d = 0; d < first_.dim(); ++d) {
+      const int64_t size = first_.size(d);
+      if (d == 1) continue;
+      rows.count *= size;
+      if (size == 1) continue;
+      const bool new_dim = first || !can_merge(rows.dims - 1, d);
+      if (new_dim && !first) ++rows.dims;
+      const int last = rows.dims - 1;
+      rows.sizes[last] = new_dim ? size : rows.sizes[last] * size;
+      for (size_t i = 0; i < views_.size(); ++i) {
+        views_[i]->row_strides[last] = tensors_[i].stride(d);
+      }
+      first = false;
+    }
+    return rows;
+  }
+
+ private:
+  bool can_merge(int outer, int64_t inner) const {
+    for (size_t i = 0; i < views_.size(); ++i) {
+      if (views_[i]->row_strides[outer] != tensors_[i].stride(inner) * first_.size(inner)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  const char* op_;
+  const char* name_;  // of the first tensor
+  Tensor first_;
+  Tensors tensors_;
+  std::vector<View*> views_;
+};
+
+// Runs the kernels of one operator on its device; CUDA ones on torch's current stream.
+class Launcher {
+ public:
+  explicit Launcher(const Device& device) : device_(device) {
+    if (device.is_cpu()) return;
+    guard_.emplace(device.index());
+    stream_ = cuda::current_stream(device.index());
+  }
+
+  bool is_cpu() const { return device_.is_cpu(); }
+  void* stream() const { return stream_; }
+
+  // Calls the kernel of the device, with scratch that is reused by the next call: kernels of one
+  // stream run one after the other. It is freed with the launcher, in stream order as well.
+  template <typename... Parameters, typename... Others>
+  void operator()(void (*cpu_kernel)(const KernelArgs&, Parameters...),
+                  void (*cuda_kernel)(const KernelArgs&, Parameters...), KernelArgs& args,
+                  const Others&... others) {
+    if (is_cpu()) return cpu_kernel(args, others...);
+    (*this)(cuda_kernel, args, others...);
+  }
+
+  // Of a kernel that there is for CUDA only.
+  template <typename... Parameters, typename... Others>
+  void operator()(void (*cuda_kernel)(const KernelArgs&, Parameters...), KernelArgs& args,
+                  const Others&... others) {
+    args.stream = stream_;
+    args.workspace = [this](int64_t doubles) {
+      if (!workspace_ || workspace_->numel() < doubles) {
+        workspace_.reset();
+        workspace_ = empty({doubles}, ScalarType::Double, device_);
+      }
+      return static_cast<double*>(workspace_->data_ptr());
+    };
+    cuda_kernel(args, others...);
+  }
+
+ private:
+  Device device_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  void* stream_ = nullptr;
+  std::optional<Tensor> workspace_;
+};
+
+}  // namespace efficient_densenet

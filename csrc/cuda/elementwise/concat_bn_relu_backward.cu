@@ -1,0 +1,160 @@
+// Gradients of y = relu((x - mean) * scale + bias), per channel c over M rows:
+//
+//   dz = grad_y where the ReLU was open, else 0     (recomputed from x; y is not read)
+//   grad_bias = sum(dz)      grad_weight = sum(dz * (x - mean)) * inverse_std
+//   grad_x = scale * (dz - grad_bias / M - xhat * grad_weight / M)   with batch statistics
+//   grad_x = scale * dz                                              with running statistics
+//
+// Tiling: tile.cuh. First kernel: partial sums [C, chunks] of each block, merged by one warp per
+// channel. Second kernel: elementwise. A feature whose gradient nobody wants is skipped there.
+// Bytes: x and grad_y are read twice and grad_x written once, 5 * sizeof(T) per element. The sums
+// are needed before the first grad_x, and x and grad_y exceed the caches, so a single pass is not
+// possible.
+// Limit: memory bandwidth. Shared memory: 19 KB at V = 4. Sums: a thread's in the arithmetic type,
+// all others in double; fixed order everywhere.
+#include "cuda/elementwise/concat_bn_relu_backward.cuh"
+
+namespace efficient_densenet::cuda {
+namespace {
+
+template <typename T, int V, bool kChannelsInner, typename Inputs>
+__global__ void __launch_bounds__(kThreads)
+    backward_sums_kernel(const __grid_constant__ Inputs inputs,
+                         const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
+                         const __grid_constant__ View grad_y_view, double* partial_dz,
+                         double* partial_dz_centred) {
+  using Acc = acc_t<T>;
+  using T_ = Tile<V, kChannelsInner>;
+  constexpr int kChannels = T_::kChannels;
+  const T_ tile(inputs, rows, chunking);
+  const bool active = tile.channel < inputs.end_channel();
+  Channel<Acc> channels[kChannels];
+  load_per_channel<Channel<Acc>, T_>(inputs, channels,
+                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
+  Sums<Acc> sums[kChannels] = {};
+  if (active) {
+    const Feature& feature = inputs.find(tile.channel);
+    using W = Window<T, V, Inputs::kRowDims>;
+    const W x(feature.x, rows, tile.channel - feature.first_channel);
+    const W grad_y(grad_y_view, rows, tile.channel);
+    tile.template for_each_group<kUnrollOfSeveral<V>>([&](int64_t row, auto steps) {
+      constexpr int kSteps = decltype(steps)::value;
+      Pack<T, V> x_packs[kSteps], grad_packs[kSteps];
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        x_packs[s] = *x.at(row + s * tile.row_step);
+        grad_packs[s] = *grad_y.at(row + s * tile.row_step);
+      }
+      Sums<Acc> group[kChannels] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          const Channel<Acc>& channel = channels[T_::channel_of(i)];
+          const Acc value = widen(x_packs[s].values[i]);
+          const Acc dz = masked<T>(channel, value, widen(grad_packs[s].values[i]));
+          group[T_::channel_of(i)].add(dz, dz * (value - channel.mean));
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) sums[k].add(group[k].dz, group[k].dz_centred);
+    });
+  }
+  write_partial_sums(sums, active, tile.channel, chunking, partial_dz, partial_dz_centred);
+}
+
+template <typename Acc>
+__global__ void merge_sums_kernel(int64_t channels, Chunking chunking, const double* partial_dz,
+                                  const double* partial_dz_centred, BatchNorm bn,
+                                  Gradients gradients) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
+  if (c >= channels) return;
+  const Sums<double> sums = merged_sums(c, chunking, partial_dz, partial_dz_centred);
+  if (threadIdx.x != 0) return;
+  const ChannelGradients<Acc> channel(sums, bn, c);
+  channel.write(gradients.grad_weight, gradients.grad_bias, c);
+}
+
+template <typename T, int V, bool kChannelsInner, typename Inputs>
+__global__ void __launch_bounds__(kThreads)
+    grad_features_kernel(const __grid_constant__ Inputs inputs,
+                         const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
+                         const __grid_constant__ Gradients gradients) {
+  using Acc = acc_t<T>;
+  using T_ = Tile<V, kChannelsInner>;
+  const T_ tile(inputs, rows, chunking);
+  GradChannel<Acc> channels[T_::kChannels];
+  load_per_channel<GradChannel<Acc>, T_>(inputs, channels, [&](int64_t c) {
+    return GradChannel<Acc>::load(bn, gradients, c, rows.count);
+  });
+  if (tile.channel >= inputs.end_channel()) return;
+  const Feature& feature = inputs.find(tile.channel);
+  if (feature.grad_x.data == nullptr) return;
+
+  const int64_t first = tile.channel - feature.first_channel;
+  using W = Window<T, V, Inputs::kRowDims>;
+  const W x(feature.x, rows, first);
+  const W grad_x(feature.grad_x, rows, first);
+  const W grad_y(gradients.grad_y, rows, tile.channel);
+
+  tile.template for_each_group<kUnrollOfSeveral<V>>([&](int64_t row, auto steps) {
+    constexpr int kSteps = decltype(steps)::value;
+    Pack<T, V> x_packs[kSteps], grad_packs[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      x_packs[s] = *x.at(row + s * tile.row_step);
+      grad_packs[s] = *grad_y.at(row + s * tile.row_step);
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const GradChannel<Acc>& channel = channels[T_::channel_of(i)];
+        const Acc value = widen(x_packs[s].values[i]);
+        const Acc dz = masked<T>(channel, value, widen(grad_packs[s].values[i]));
+        grad_packs[s].values[i] = narrow<T>(channel.grad_x(value, dz));
+      }
+      *grad_x.at(row + s * tile.row_step) = grad_packs[s];
+    }
+  });
+}
+
+}  // namespace
+
+void merge_gradients(const KernelArgs& args, const BatchNorm& bn, const Gradients& gradients,
+                     const Chunking& chunking, const double* partial_dz,
+                     const double* partial_dz_centred) {
+  const auto kernel =
+      is_double(args.element) ? merge_sums_kernel<double> : merge_sums_kernel<float>;
+  kernel<<<merge_grid(args.channels), merge_block(), 0, static_cast<cudaStream_t>(args.stream)>>>(
+      args.channels, chunking, partial_dz, partial_dz_centred, bn, gradients);
+  check(cudaGetLastError(), "merge_sums_kernel");
+}
+
+void backward_elementwise(const KernelArgs& args, const BatchNorm& bn, const Gradients& gradients) {
+  const Plan plan(args, &gradients.grad_y, Plan::kElementwiseBlocks);
+  const auto kernel = [](auto element, auto walk) {
+    using W = decltype(walk);
+    return grad_features_kernel<decltype(element), W::vector, W::channels_inner,
+                                typename W::Inputs>;
+  };
+  launch_over_inputs("grad_features_kernel", kernel, args, plan, bn, gradients);
+}
+
+void concat_bn_relu_backward(const KernelArgs& args, const BatchNorm& bn,
+                             const Gradients& gradients) {
+  const Plan plan(args, &gradients.grad_y, Plan::kReductionBlocks);
+  double* const partial_dz = plan.workspace(args);
+  double* const partial_dz_centred = partial_dz + args.channels * plan.chunking.chunks;
+  const auto kernel = [](auto element, auto walk) {
+    using W = decltype(walk);
+    return backward_sums_kernel<decltype(element), W::vector, W::channels_inner,
+                                typename W::Inputs>;
+  };
+  launch_over_inputs("backward_sums_kernel", kernel, args, plan, bn, gradients.grad_y, partial_dz,
+                     partial_dz_centred);
+  merge_gradients(args, bn, gradients, plan.chunking, partial_dz, partial_dz_centred);
+  backward_elementwise(args, bn, gradients);
+}
+
+}  // namespace efficient_densenet::cuda

@@ -1,0 +1,411 @@
+// z = relu(bn(x)) W^T on tensor cores, [M, C] times [C, N] to [M, N], and the moments of z.
+//
+//                    C, chunk by chunk ->              N, or a group of its columns
+//                      | x | x | x | x | ...         | z: 8-column tiles side by side |
+//   warp 0, 16 or 32 rows  pieces to registers,       accumulators of the warp
+//   warp 1                 normalised there
+//   ...                W of the chunk: shared memory, one copy for all warps of the block
+//
+// A warp owns its rows for all columns, so x is read and normalised once. Only where the rows are
+// too few to fill the chip do blocks share N (and read x again, from the L2 cache). Pieces of x and
+// chunks of W come by asynchronous copies, kStages - 1 chunks ahead, also across tiles of rows: a
+// block takes one stretch of rows, tile after tile.
+// Moments: of a tile's rows in registers, merged over the lanes, tiles and warps by the formula of
+// Chan, Golub and LeVeque (moments.cuh), so no sum of squares cancels; then one partial result per
+// column and block, merged in double by a second kernel. The order depends on the shape alone (and,
+// on devices with little shared memory, on how much that is).
+//
+// Bytes: x once, z once; W (from the L2 cache) once per block and tile. Operations: 2 M C N.
+// Limit: memory where M is large; else the latency of a chunk, C / kChunk times in a row.
+#include "cuda/tensor_core/mma.cuh"
+#include "cuda/tensor_core/product.cuh"
+#include "operators/bn_relu_conv1x1.h"
+
+namespace efficient_densenet::cuda {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int64_t kBlocks = 264;  // along the rows, at most; two per multiprocessor of a large GPU
+constexpr int kStages = 4;        // of copies under way
+
+struct Sizes {
+  int64_t rows, rows_per_block;
+  int channels, outputs;
+};
+
+template <int kTiles>
+constexpr int kWeightStage = kTiles * kTileColumns * kPieces;  // pieces of a chunk of W
+
+__host__ __device__ inline int norm_floats(int chunks, int chunk) {
+  return SharedNorm::kNumbers * chunks * chunk;
+}
+
+// A block of so many warps leaves its accumulators enough registers twice, or once.
+constexpr int blocks_per_multiprocessor(int row_tiles, int tiles) {
+  return row_tiles * tiles <= 12 ? 2 : 1;
+}
+
+// A warp's tile: kRowTiles times 16 rows, kTiles times 8 columns.
+template <typename T, int kRowTiles, int kTiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kRowTiles, kTiles))
+    bn_relu_conv1x1_kernel(const __grid_constant__ Sizes sizes,
+                           const __grid_constant__ Rows<const T> x, BatchNorm bn,
+                           const uint4* weight, const float* bias,
+                           const __grid_constant__ Rows<T> z, double* partial_mean,
+                           double* partial_m2) {
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+  constexpr int kOutputs = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
+  extern __shared__ uint4 shared[];
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int g = lane / kPieces, t = lane % kPieces;
+  const int chunks = (sizes.channels + kChunk<T> - 1) / kChunk<T>;
+  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChunk<T>);
+  uint4* const stages = shared + norm_floats(chunks, kChunk<T>) / 4;
+  const int stage_pieces = kWeightStage<kTiles> + warps * kOwnRows * kWarp;
+  const int own_x = kWeightStage<kTiles> + warp * kOwnRows * kWarp + lane;
+  const int first_output = blockIdx.y * kOutputs;
+  weight += static_cast<int64_t>(blockIdx.y) * chunks * kWeightStage<kTiles>;
+
+  const int64_t begin = blockIdx.x * sizes.rows_per_block;
+  const int64_t end = min(begin + sizes.rows_per_block, sizes.rows);
+  const int tile_rows = warps * kRowTiles * kTileRows;
+  const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * chunks;
+
+  const bool whole = x.aligned && sizes.channels % kPiece<T> == 0;
+  // The next chunk to copy: its number, place in C, stage and the lane's first row; its rows are 8
+  // apart.
+  int copied = 0, copied_chunk = 0, copied_stage = 0;
+  int64_t copied_row = begin + warp * kRowTiles * kTileRows + g;
+  const T* from_x = x.at(copied_row, t * kPiece<T>);
+  const uint4* from_weight = weight;
+  const auto copy_next = [&] {
+    if (copied < total) {
+      uint4* const stage = stages + copied_stage * stage_pieces;
+      for (int i = threadIdx.x; i < kWeightStage<kTiles>; i += blockDim.x) {
+        copy_async(stage + i, from_weight + i);
+      }
+      const int count =
+          count_before<kPiece<T>>(sizes.channels, copied_chunk * kChunk<T> + t * kPiece<T>);
+      const auto left = static_cast<int>(min(end - copied_row, int64_t(kOwnRows * 8)));
+      if (whole) {
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          copy_async_if<kPieceBytes>(count > 0 && r * 8 < left, stage + own_x + r * kWarp,
+                                     from_x + r * 8 * x.stride);
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          copy_row<kPiece<T>>(stage + own_x + r * kWarp, from_x + r * 8 * x.stride, x.aligned,
+                              r * 8 < left ? count : 0);
+        }
+      }
+      if (++copied_stage == kStages) copied_stage = 0;
+      from_x += kChunk<T>;
+      from_weight += kWeightStage<kTiles>;
+      if (++copied_chunk == chunks) {
+        copied_chunk = 0;
+        copied_row += tile_rows;
+        from_x = x.at(copied_row, t * kPiece<T>);
+        from_weight = weight;
+      }
+    }
+    ++copied;
+    commit_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copy_next();
+  norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
+
+  float sums[kRowTiles][kTiles][4] = {};
+  WarpMoments<kTiles> moments;
+  int chunk = 0;
+  int64_t row = begin + warp * kRowTiles * kTileRows + g;
+  for (int i = 0; i < total; ++i) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // all copies of this stage are there, and nobody reads the one before
+    copy_next();
+    const uint4* const stage = stages + i % kStages * stage_pieces;
+    Channel<float> channels[kPiece<T>];
+    norm.get(channels, chunk * kChunk<T> + t * kPiece<T>);
+    uint4 a[kOwnRows];
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r) {
+      a[r] = normalised<T>(stage[own_x + r * kWarp], channels);
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const uint4 b = stage[j * kWarp + lane];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma_chunk_step<T>(sums[m][j], a[2 * m], a[2 * m + 1], b, step);
+        }
+      }
+    }
+    if (++chunk < chunks) continue;
+
+    store_tile<T>(sums, z, row, end, first_output, sizes.outputs, bias,
+                  partial_mean ? &moments : nullptr);
+    chunk = 0;
+    row += tile_rows;
+  }
+  if (partial_mean == nullptr) return;
+
+  wait_for_copies<0>();
+  __syncthreads();
+  moments.write(reinterpret_cast<float*>(stages), first_output, sizes.outputs, partial_mean,
+                partial_m2);
+#endif
+}
+
+// How a call is cut, from measurements on an H100. With many rows, warps of 32 rows read W half as
+// often; with fewer, more warps hide more latency, and when even those of 16 rows do not fill the
+// chip, groups of columns give more of them.
+//
+//   rows             rows of a warp   warps of a block   groups of columns
+//   32,768 or more   32 (N <= 128)    4                  1
+//   16,384 or more   16               8                  1
+//   fewer            16               4                  2 or 4, of at least 32 columns
+//
+// Where a device has too little shared memory for that: 16 rows, and 4, 2 or 1 warps.
+struct Groups {
+  int groups, tiles;  // tiles of 8 columns in a group
+
+  Groups(int64_t rows, int64_t outputs) : groups(1) {
+    while (rows * groups < 16384 && groups < 4 && outputs > 32 * groups) groups *= 2;
+    tiles = tiles_for(ceil_div(outputs, groups));
+  }
+};
+
+struct Warps {
+  int row_tiles, warps;
+
+  int64_t shared_bytes(int tiles, int64_t channels, Element element) const {
+    const int chunk = kPieces * kPieceBytes / element_size(element);
+    const int64_t stage = tiles * kTileColumns * kPieces + warps * 2 * row_tiles * kWarp;
+    const int64_t numbers = norm_floats(static_cast<int>(ceil_div(channels, chunk)), chunk);
+    return numbers * static_cast<int64_t>(sizeof(float)) + kStages * stage * kPieceBytes;
+  }
+};
+
+constexpr Warps kFewest{1, 1};
+
+Warps choose_warps(int64_t rows, int tiles, int64_t channels, Element element) {
+  Warps wanted{1, 4};
+  if (rows >= 32768) {
+    wanted.row_tiles = tiles <= 16 ? 2 : 1;
+  } else if (rows >= 16384) {
+    wanted.warps = kMaxWarps;
+  }
+  const int64_t limit = shared_memory();
+  for (const Warps& warps : {wanted, Warps{1, 4}, Warps{1, 2}}) {
+    if (warps.shared_bytes(tiles, channels, element) <= limit) return warps;
+  }
+  return kFewest;
+}
+
+Chunking choose_rows(int64_t rows, const Warps& warps) {
+  const int64_t tile = warps.warps * warps.row_tiles * kTileRows;
+  const int64_t rows_per_block = ceil_div(ceil_div(rows, tile), kBlocks) * tile;
+  return {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
+}
+
+// ---------------------------------------------------------------------------------------------
+// Packed weights: [chunk of k][column][channels of the chunk], once per group of columns. kForward:
+// columns are the N outputs in the Groups, k the channels of x. kGradInput: columns are the
+// channels of x in groups of 32, k the outputs.
+
+constexpr int kGradInputColumns = 32;
+
+struct PackedShape {
+  bool forward;
+  int columns, chunk;  // columns of a group; channels of a chunk
+  int64_t groups_forward, chunks_grad;
+
+  PackedShape(WeightLayout layout, int chunk, int64_t rows, int64_t outputs)
+      : forward(layout == WeightLayout::kForward), chunk(chunk) {
+    const Groups groups(rows, outputs);
+    columns = forward ? groups.tiles * kTileColumns : kGradInputColumns;
+    groups_forward = groups.groups;
+    chunks_grad = ceil_div(tiles_for(outputs) * kTileColumns, chunk);
+  }
+
+  __host__ __device__ int64_t chunks(int64_t channels) const {
+    return forward ? (channels + chunk - 1) / chunk : chunks_grad;
+  }
+  __host__ __device__ int64_t elements(int64_t channels) const {
+    const int64_t groups = forward ? groups_forward : (channels + columns - 1) / columns;
+    return groups * chunks(channels) * columns * chunk;
+  }
+};
+
+__host__ __device__ inline int64_t channels_of(const Conv1x1Weights& weights, int64_t layer) {
+  return weights.channels_in + layer * weights.growth;
+}
+
+template <typename T>
+__global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weights,
+                                    const __grid_constant__ PackedShape shape, T* packed) {
+  const T* from = static_cast<const T*>(weights.data);
+  for (int64_t l = 0; l < blockIdx.y; ++l) {
+    from += weights.outputs * channels_of(weights, l);
+    packed += shape.elements(channels_of(weights, l));
+  }
+  const int64_t channels = channels_of(weights, blockIdx.y), chunks = shape.chunks(channels);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       i < shape.elements(channels); i += step) {
+    const int64_t place = i / shape.chunk, part = place / shape.columns;
+    const int p = static_cast<int>(place % shape.columns), pair = p / (2 * kTileColumns);
+    const int64_t k = part % chunks * shape.chunk + i % shape.chunk;
+    const int64_t column = part / chunks * shape.columns + pair * 2 * kTileColumns +
+                           pair_column(p % (2 * kTileColumns));
+    const int64_t n = shape.forward ? column : k, c = shape.forward ? k : column;
+    const bool inside = n < weights.outputs && c < channels;
+    float value = inside ? widen(from[n * channels + c]) : 0;
+    if (inside && weights.scale != nullptr)
+      value *= weights.scale[blockIdx.y * weights.outputs + n];
+    packed[i] = to_operand(narrow<T>(value));
+  }
+}
+
+// Norms of a launch: their eps are kernel parameters.
+constexpr int kFoldedNorms = 128;
+struct FoldedEps {
+  double values[kFoldedNorms];
+};
+
+__global__ void fold_norms_kernel(BatchNorm bn, const __grid_constant__ FoldedEps eps,
+                                  int64_t channels, int64_t begin, int64_t total, float* scale,
+                                  float* bias) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= total) return;
+  const int64_t c = begin + i;
+  const double inverse_std = 1 / sqrt(bn.var[c] + eps.values[i / channels]);
+  const double factor = static_cast<const float*>(bn.weight)[c] * inverse_std;
+  scale[c] = static_cast<float>(factor);
+  bias[c] = static_cast<float>(static_cast<const float*>(bn.bias)[c] - bn.mean[c] * factor);
+}
+
+std::atomic<int64_t> limit_of_tests{0};
+
+}  // namespace
+
+int64_t shared_memory() {
+  static std::atomic<int> known[kKnownDevices];  // 0: not asked yet
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  int most = device < kKnownDevices ? known[device].load() : 0;
+  if (most == 0) {
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "cudaDeviceGetAttribute");
+    if (device < kKnownDevices) known[device] = most;
+  }
+  const int64_t limit = limit_of_tests;
+  return limit > 0 ? std::min<int64_t>(limit, most) : most;
+}
+
+void limit_shared_memory(int64_t bytes) { limit_of_tests = bytes; }
+
+std::string why_no_tensor_cores(int device_index, Element element, int64_t outputs,
+                                int64_t channels) {
+  if (is_double(element)) return "there are no float64 tensor-core kernels";
+  if (outputs > kMaxConv1x1Outputs) {
+    return "the bottleneck has " + std::to_string(outputs) + " channels, more than " +
+           std::to_string(kMaxConv1x1Outputs);
+  }
+  const CurrentDevice current(device_index);
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index),
+        "cudaDeviceGetAttribute");
+  if (major < 8) {
+    return "the GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+           ", needed is 8.0";
+  }
+  // A build for older GPUs alone runs on newer ones, with empty kernels here.
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 1, 16>),
+        "cudaFuncGetAttributes");
+  if (attributes.ptxVersion < 80) return "this build has no kernels for compute capability 8.0";
+  if (kFewest.shared_bytes(tiles_for(outputs), channels, element) > shared_memory()) {
+    return "the block has " + std::to_string(channels) +
+           " channels, more than shared memory holds numbers of";
+  }
+  return "";
+}
+
+int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t rows, int64_t outputs,
+                             int64_t channels) {
+  const int size = element_size(element), chunk = kPieces * kPieceBytes / size;
+  return PackedShape(layout, chunk, rows, outputs).elements(channels) * size;
+}
+
+void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv1x1Weights& weights,
+                  void* packed, void* stream) {
+  dispatch_operand(element, [&](auto tag) {
+    using T = decltype(tag);
+    const PackedShape shape(layout, kChunk<T>, rows, weights.outputs);
+    const int64_t most = shape.elements(channels_of(weights, weights.layers - 1));
+    const dim3 grid(std::min<int64_t>(ceil_div(most, kThreads), 64), weights.layers);
+    pack_conv1x1_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        weights, shape, static_cast<T*>(packed));
+    check(cudaGetLastError(), "pack_conv1x1_kernel");
+  });
+}
+
+void fold_norms(const Norms& norms, float* scale, float* bias, void* stream) {
+  const auto layers = static_cast<int64_t>(norms.eps.size());
+  for (int64_t first = 0; first < layers; first += kFoldedNorms) {
+    const auto count = static_cast<int>(std::min<int64_t>(layers - first, kFoldedNorms));
+    FoldedEps eps{};
+    std::copy_n(norms.eps.begin() + first, count, eps.values);
+    const int64_t begin = first * norms.channels, total = count * norms.channels;
+    fold_norms_kernel<<<ceil_div(total, kThreads), kThreads, 0,
+                        static_cast<cudaStream_t>(stream)>>>(norms.bn, eps, norms.channels, begin,
+                                                             total, scale, bias);
+    check(cudaGetLastError(), "fold_norms_kernel");
+  }
+}
+
+void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* weight,
+                     int64_t outputs, const float* bias, const View& z, const Statistics* moments) {
+  const Groups groups(args.rows.count, outputs);
+  const Warps warps = choose_warps(args.rows.count, groups.tiles, args.channels, args.element);
+  const Chunking chunking = choose_rows(args.rows.count, warps);
+  const Sizes sizes{args.rows.count, chunking.rows_per_chunk, static_cast<int>(args.channels),
+                    static_cast<int>(outputs)};
+  double *partial_mean = nullptr, *partial_m2 = nullptr;
+  if (moments != nullptr) {
+    partial_mean = args.workspace(2 * outputs * chunking.chunks);
+    partial_m2 = partial_mean + outputs * chunking.chunks;
+  }
+  const auto launch = [&](auto element, auto row_tiles, auto tiles) {
+    using T = decltype(element);
+    constexpr int kRowTiles = decltype(row_tiles)::value, kTiles = decltype(tiles)::value;
+    constexpr auto kKernel = bn_relu_conv1x1_kernel<T, kRowTiles, kTiles>;
+    allow_shared<kKernel>();
+    const int64_t bytes = warps.shared_bytes(kTiles, args.channels, args.element);
+    kKernel<<<dim3(chunking.chunks, groups.groups), warps.warps * kWarp, bytes,
+              static_cast<cudaStream_t>(args.stream)>>>(sizes, Rows<const T>(args.features[0].x),
+                                                        bn, static_cast<const uint4*>(weight), bias,
+                                                        Rows<T>(z, 4), partial_mean, partial_m2);
+    check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
+  };
+  dispatch_operand(args.element, [&](auto element) {
+    dispatch_tiles(groups.tiles, [&](auto tiles) {
+      if constexpr (decltype(tiles)::value <= 16) {
+        if (warps.row_tiles == 2) return launch(element, std::integral_constant<int, 2>{}, tiles);
+      }
+      launch(element, std::integral_constant<int, 1>{}, tiles);
+    });
+  });
+  if (moments == nullptr) return;
+  merge_moments(outputs, args.rows.count, chunking, partial_mean, partial_m2, *moments,
+                args.stream);
+}
+
+}  // namespace efficient_densenet::cuda

@@ -1,0 +1,380 @@
+// What a 1x1 convolution and the norm before it send back to the features, on tensor cores:
+//
+//   grad_a = grad_z W                            [M, N] times [N, C], in registers only
+//   dz = grad_a where the ReLU was open          recomputed from x
+//   G += scale dz;  sums over the rows of dz and of dz (x - rounded mean)
+//
+//                  | grad_z: 16 rows, all N |         C, 32 columns at a time ->
+//   warp 0            in registers, per tile       x, G | 32 | 32 | 32 | ...
+//   warp 1            of rows                         accumulators, mask, sums, G
+//   ...            W of the 32 columns: shared memory, one copy for all warps of the block
+//
+// A warp owns 16 rows, so grad_z, x and G are read once and G is written once. Blocks split the
+// rows and, where these are few, the columns. Weights, x and G come by asynchronous copies, kStages
+// - 1 groups of columns ahead, also across tiles of rows. Sums: two rows per lane, then over the
+// lanes of a column, the warps (in order, one group of columns later, when a barrier is due anyway)
+// and the block's tiles of rows in float; one partial result per channel and block, merged in
+// double by a second kernel. No atomics.
+//
+// Bytes: x and grad_z once, G read and written (4 bytes each). W, from the L2 cache, once per tile
+// of rows. Operations: 2 M C N. Limit: memory. G alone is 8 bytes per element of x. What keeps the
+// kernel from it is the number of instructions, so what is the same in all groups of columns is
+// computed once, and a lane's four columns are either all there or not (`whole`), but for strides
+// and numbers of channels that no network has.
+#include "cuda/elementwise/sums.cuh"
+#include "cuda/tensor_core/mma.cuh"
+#include "operators/bn_relu_conv1x1.h"
+
+namespace efficient_densenet::cuda {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int64_t kBlocks = 528;  // at most, about
+constexpr int kColumns = 32;      // of a group
+constexpr int kGroupTiles = kColumns / kTileColumns, kPairs = kGroupTiles / 2;
+constexpr int kPairColumns = 2 * kTileColumns;
+
+// Chunks of N numbers, of grad_z and W.
+template <typename T, int kTiles>
+constexpr int kChunks = (kTiles * kTileColumns + kChunk<T> - 1) / kChunk<T>;
+template <typename T, int kTiles>
+constexpr int kWeightStage = kChunks<T, kTiles> * kColumns * kPieces;
+
+// Of a group of columns, a lane owns four neighbours of each pair of tiles in rows g and g + 8; it
+// copies and reads its own x and G alone.
+template <typename T>
+constexpr int kOwnBytesX = 4 * sizeof(T);
+template <typename T>
+constexpr int kWarpBytes = 2 * kPairs * kWarp * (4 * sizeof(float) + kOwnBytesX<T>);
+
+// Copies under way: as many as leave shared memory for two blocks per multiprocessor.
+template <typename T, int kTiles>
+constexpr int kStages = sizeof(T) == 2 && kTiles <= 16 ? 3 : 2;
+
+struct Sizes {
+  int64_t rows, rows_per_block;
+  int channels, outputs, groups_per_block;
+};
+
+// A block's sums of its columns, and those of the warps of a group, twice: the next group's are
+// written while these are read.
+__host__ __device__ inline int sum_floats(int columns, int warps) {
+  return 2 * columns + 2 * warps * kColumns * 2;
+}
+
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2 : 1)
+    bn_relu_conv1x1_grad_input_kernel(const __grid_constant__ Sizes sizes,
+                                      const __grid_constant__ Rows<const T> x, BatchNorm bn,
+                                      const uint4* weight,
+                                      const __grid_constant__ Rows<const T> grad_z,
+                                      const __grid_constant__ Rows<float> grad_features,
+                                      double* partial_dz, double* partial_dz_centred) {
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+  constexpr int kChunks_ = kChunks<T, kTiles>, kWeightStage_ = kWeightStage<T, kTiles>;
+  extern __shared__ uint4 shared[];
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int g = lane / kPieces, t = lane % kPieces;
+  const int all_groups = (sizes.channels + kColumns - 1) / kColumns;
+  const int first_group = blockIdx.y * sizes.groups_per_block;
+  const int groups = min(sizes.groups_per_block, all_groups - first_group);
+  const int first_channel = first_group * kColumns, columns = sizes.groups_per_block * kColumns;
+  const SharedNorm norm(reinterpret_cast<float*>(shared), columns);
+  float* const block_sums = reinterpret_cast<float*>(shared) + SharedNorm::kNumbers * columns;
+  float* const warp_sums = block_sums + 2 * columns;
+  // A stage: weights, each lane's G, each lane's x.
+  char* const stages = reinterpret_cast<char*>(warp_sums + 2 * warps * kColumns * 2);
+  const int stage_bytes = kWeightStage_ * kPieceBytes + warps * kWarpBytes<T>;
+  const int own = warp * 2 * kPairs * kWarp + lane;
+  char* const own_g = stages + (kWeightStage_ + own) * kPieceBytes;
+  char* const own_x =
+      stages + (kWeightStage_ + warps * 2 * kPairs * kWarp) * kPieceBytes + own * kOwnBytesX<T>;
+  // What pair and half of a lane's columns and rows lies behind that of the first.
+  const auto behind = [](int pair, int half) { return (2 * pair + half) * kWarp; };
+  const bool whole = x.aligned && grad_features.aligned && sizes.channels % 4 == 0;
+
+  const int64_t begin = blockIdx.x * sizes.rows_per_block;
+  const int64_t end = min(begin + sizes.rows_per_block, sizes.rows);
+  const int tile_rows = warps * kTileRows;
+  const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * groups;
+
+  const auto next_stage = [&](int stage) {
+    return stage + stage_bytes == kStages<T, kTiles> * stage_bytes ? 0 : stage + stage_bytes;
+  };
+  int copied = 0, copied_group = 0, copied_stage = 0;
+  int64_t copied_row = begin + warp * kTileRows + g;
+  const uint4* const first_weight = weight + static_cast<int64_t>(first_group) * kWeightStage_;
+  const uint4* from_weight = first_weight;
+  const T* from_x = x.at(copied_row, first_channel + 4 * t);
+  const float* from_g = grad_features.at(copied_row, first_channel + 4 * t);
+  const int64_t x_half = 8 * x.stride, g_half = 8 * grad_features.stride;
+  const auto copy_next = [&] {
+    if (copied < total) {
+      char* const to_x = own_x + copied_stage;
+      char* const to_g = own_g + copied_stage;
+      auto* const to_weight = reinterpret_cast<uint4*>(stages + copied_stage);
+      for (int i = threadIdx.x; i < kWeightStage_; i += blockDim.x) {
+        copy_async(to_weight + i, from_weight + i);
+      }
+      const int left = sizes.channels - (first_channel + copied_group * kColumns + 4 * t);
+      const bool exists[2] = {copied_row < end, copied_row + 8 < end};
+      const auto for_each = [&](auto copy) {
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            copy(to_x + behind(pair, half) * kOwnBytesX<T>,
+                 from_x + pair * kPairColumns + half * x_half,
+                 to_g + behind(pair, half) * kPieceBytes,
+                 from_g + pair * kPairColumns + half * g_half, left - pair * kPairColumns,
+                 exists[half]);
+          }
+        }
+      };
+      if (whole) {
+        for_each([&](void* x_to, const T* x_at, void* g_to, const float* g_at, int columns_left,
+                     bool row_exists) {
+          const bool valid = row_exists && columns_left > 0;
+          copy_async_if<kOwnBytesX<T>>(valid, x_to, x_at);
+          copy_async_if<kPieceBytes>(valid, g_to, g_at);
+        });
+      } else {
+        for_each([&](void* x_to, const T* x_at, void* g_to, const float* g_at, int columns_left,
+                     bool row_exists) {
+          const int count = row_exists ? count_before<4>(columns_left, 0) : 0;
+          copy_row<4>(x_to, x_at, x.aligned, count);
+          copy_row<4>(g_to, g_at, grad_features.aligned, count);
+        });
+      }
+      from_weight += kWeightStage_;
+      from_x += kColumns;
+      from_g += kColumns;
+      if (++copied_group == groups) {
+        copied_group = 0;
+        copied_row += tile_rows;
+        from_weight = first_weight;
+        from_x = x.at(copied_row, first_channel + 4 * t);
+        from_g = grad_features.at(copied_row, first_channel + 4 * t);
+      }
+      copied_stage = next_stage(copied_stage);
+    }
+    ++copied;
+    commit_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages<T, kTiles> - 1; ++i) copy_next();
+  norm.load(bn, first_channel, columns, sizes.channels);
+  for (int i = threadIdx.x; i < 2 * columns; i += blockDim.x) block_sums[i] = 0;
+
+  // Adds the warps' sums of a group of columns to the block's.
+  const auto add_warps = [&](int i, int group) {
+    if (warp != (i & (warps - 1))) return;  // a power of two
+    const float* const from = warp_sums + (i & 1) * warps * kColumns * 2 + lane * 2;
+    float dz = 0, dz_centred = 0;
+#pragma unroll 4
+    for (int w = 0; w < warps; ++w) {
+      dz += from[w * kColumns * 2];
+      dz_centred += from[w * kColumns * 2 + 1];
+    }
+    block_sums[group * kColumns + lane] += dz;
+    block_sums[columns + group * kColumns + lane] += dz_centred;
+  };
+
+  uint4 low[kChunks_], high[kChunks_];  // of grad_z: rows g and g + 8
+  int group = 0, stage = 0;
+  int64_t row = begin + warp * kTileRows + g;
+  for (int i = 0; i < total; ++i) {
+    if (group == 0) {
+      const auto operand = [&](int64_t row, int chunk) {
+        const int n = chunk * kChunk<T> + t * kPiece<T>;
+        Piece<T> piece{};
+        if (row < end) {
+          if (grad_z.aligned && n + kPiece<T> <= sizes.outputs) {
+            piece = *reinterpret_cast<const Piece<T>*>(grad_z.at(row, n));
+          } else {
+#pragma unroll
+            for (int k = 0; k < kPiece<T>; ++k) {
+              if (n + k < sizes.outputs) piece.values[k] = *grad_z.at(row, n + k);
+            }
+          }
+        }
+        return bits<T>(to_operands<T>(piece));
+      };
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks_; ++chunk) {
+        low[chunk] = operand(row, chunk);
+        high[chunk] = operand(row + 8, chunk);
+      }
+    }
+    wait_for_copies<kStages<T, kTiles> - 2>();
+    __syncthreads();  // this stage is there, the one before is free, the sums of before are there
+    copy_next();
+    if (i > 0) add_warps(i - 1, group == 0 ? groups - 1 : group - 1);
+
+    const auto* const weights = reinterpret_cast<const uint4*>(stages + stage) + lane;
+    float grad_a[kGroupTiles][4] = {};
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks_; ++chunk) {
+      uint4 b[kGroupTiles];
+#pragma unroll
+      for (int j = 0; j < kGroupTiles; ++j) b[j] = weights[(chunk * kGroupTiles + j) * kWarp];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int j = 0; j < kGroupTiles; ++j) {
+          mma_chunk_step<T>(grad_a[j], low[chunk], high[chunk], b[j], step);
+        }
+      }
+    }
+
+    float* const to = grad_features.at(row, first_channel + group * kColumns + 4 * t);
+    const int left = sizes.channels - (first_channel + group * kColumns + 4 * t);
+    const bool exists[2] = {row < end, row + 8 < end};
+    float dz_sums[4 * kPairs] = {}, dz_centred_sums[4 * kPairs] = {};
+    Pack<float, 4> sums[kPairs][2];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      Channel<float> channels[4];
+      norm.get(channels, group * kColumns + pair * kPairColumns + 4 * t);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto x_pack = *reinterpret_cast<const Pack<T, 4>*>(
+            own_x + stage + behind(pair, half) * kOwnBytesX<T>);
+        sums[pair][half] = *reinterpret_cast<const Pack<float, 4>*>(
+            own_g + stage + behind(pair, half) * kPieceBytes);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float value = widen(x_pack.values[k]);
+          const float dz =
+              masked<T>(channels[k], value, grad_a[2 * pair + k / 2][2 * half + k % 2]);
+          dz_sums[4 * pair + k] += dz;
+          dz_centred_sums[4 * pair + k] =
+              fma(dz, value - channels[k].mean, dz_centred_sums[4 * pair + k]);
+          float& sum = sums[pair][half].values[k];
+          sum = fma(channels[k].scale, dz, sum);
+        }
+      }
+    }
+    const auto store_each = [&](auto store) {
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          store(to + half * g_half + pair * kPairColumns, sums[pair][half],
+                left - pair * kPairColumns, exists[half]);
+        }
+      }
+    };
+    if (whole) {
+      store_each([](float* at, const Pack<float, 4>& pack, int columns_left, bool row_exists) {
+        store_if(row_exists && columns_left > 0, at, pack);
+      });
+    } else {
+      store_each([&](float* at, const Pack<float, 4>& pack, int columns_left, bool row_exists) {
+        if (!row_exists) return;
+        store_row(at, pack, grad_features.aligned, count_before<4>(columns_left, 0));
+      });
+    }
+    stage = next_stage(stage);
+    const int place = add_lanes(dz_sums, dz_centred_sums);
+    const int column = place / 4 * 2 * kTileColumns + 4 * t + place % 4;
+    float* const sum = warp_sums + (((i & 1) * warps + warp) * kColumns + column) * 2;
+    sum[0] = dz_sums[0];
+    sum[1] = dz_centred_sums[0];
+    if (++group == groups) {
+      group = 0;
+      row += tile_rows;
+    }
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+  add_warps(total - 1, groups - 1);
+  __syncthreads();
+  for (int i = threadIdx.x; i < groups * kColumns; i += blockDim.x) {
+    const int64_t c = first_channel + i;
+    if (c >= sizes.channels) continue;
+    const int64_t to = c * gridDim.x + blockIdx.x;
+    partial_dz[to] = block_sums[i];
+    partial_dz_centred[to] = block_sums[columns + i];
+  }
+#endif
+}
+
+// How a call is cut, from measurements on an H100: eight warps a block where the rows fill the
+// chip; else four, and blocks share the columns, in more parts where their rounds on a large GPU
+// then take a tenth less (a block costs kAllowance groups of columns besides). Fewer warps where
+// shared memory is too little, and kMostGroups groups of columns at most.
+constexpr int64_t kMostGroups = 32, kAllowance = 2;
+constexpr int64_t kMultiprocessors = 132, kMultiprocessorBytes = 227 << 10;
+constexpr int64_t kWarpsTogether = 16;  // that the registers of a multiprocessor are enough for
+
+struct Cut {
+  int warps, groups_per_block, splits;
+  int64_t shared_bytes;
+  Chunking chunking;
+
+  // pieces: of the weights of a group of columns.
+  Cut(int64_t rows, int64_t channels, int pieces, int warp_bytes, int stages) {
+    const int64_t groups = ceil_div(channels, kColumns), limit = shared_memory();
+    warps = rows >= kBlocks / 2 * kMaxWarps * kTileRows ? kMaxWarps : kMaxWarps / 2;
+    for (;; warps /= 2) {
+      const int64_t tile = warps * kTileRows, tiles = ceil_div(rows, tile);
+      const int64_t rows_per_block = ceil_div(tiles, kBlocks) * tile;
+      chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
+      const auto share = [&](int64_t own_groups) {
+        groups_per_block = static_cast<int>(own_groups);
+        splits = static_cast<int>(ceil_div(groups, own_groups));
+        const int columns = groups_per_block * kColumns;
+        const int64_t floats = SharedNorm::kNumbers * columns + sum_floats(columns, warps);
+        shared_bytes = floats * static_cast<int64_t>(sizeof(float)) +
+                       stages * (int64_t(pieces) * kPieceBytes + warps * warp_bytes);
+        const int64_t together =
+            std::clamp<int64_t>(kMultiprocessorBytes / shared_bytes, 1, kWarpsTogether / warps);
+        return ceil_div(chunking.chunks * splits, kMultiprocessors * together) *
+               (own_groups + kAllowance);
+      };
+      const int64_t fewest =
+          std::clamp<int64_t>(kBlocks / tiles, ceil_div(groups, kMostGroups), groups);
+      int64_t best_groups = ceil_div(groups, fewest), best = share(best_groups);
+      for (int64_t parts = fewest + 1; parts <= std::min(groups, 4 * fewest); ++parts) {
+        const int64_t cost = share(ceil_div(groups, parts));
+        if (10 * cost >= 9 * best) continue;
+        best = cost;
+        best_groups = ceil_div(groups, parts);
+      }
+      share(best_groups);
+      if (shared_bytes <= limit || warps == 1) return;
+    }
+  }
+};
+
+}  // namespace
+
+void bn_relu_conv1x1_grad_input(const KernelArgs& args, const BatchNorm& bn, const void* weight,
+                                int64_t outputs, const NormGradArgs& norm_grad) {
+  dispatch_operand(args.element, [&](auto element) {
+    dispatch_tiles(tiles_for(outputs), [&](auto tiles) {
+      using T = decltype(element);
+      constexpr int kTiles = decltype(tiles)::value;
+      constexpr auto kKernel = bn_relu_conv1x1_grad_input_kernel<T, kTiles>;
+      allow_shared<kKernel>();
+      const Cut cut(args.rows.count, args.channels, kWeightStage<T, kTiles>, kWarpBytes<T>,
+                    kStages<T, kTiles>);
+      const Sizes sizes{args.rows.count, cut.chunking.rows_per_chunk,
+                        static_cast<int>(args.channels), static_cast<int>(outputs),
+                        cut.groups_per_block};
+      const int64_t partials = args.channels * cut.chunking.chunks;
+      double* const partial_dz = args.workspace(2 * partials);
+      double* const partial_dz_centred = partial_dz + partials;
+      kKernel<<<dim3(cut.chunking.chunks, cut.splits), cut.warps * kWarp, cut.shared_bytes,
+                static_cast<cudaStream_t>(args.stream)>>>(
+          sizes, Rows<const T>(args.features[0].x, 4), bn, static_cast<const uint4*>(weight),
+          Rows<const T>(norm_grad.grad_y), Rows<float>(norm_grad.grad_features, 4), partial_dz,
+          partial_dz_centred);
+      check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
+      merge_norm_grad(args, bn, norm_grad, cut.chunking, partial_dz, partial_dz_centred);
+    });
+  });
+}
+
+}  // namespace efficient_densenet::cuda

@@ -1,0 +1,183 @@
+// What becomes of a warp's product: its rows are stored, and their moments taken on the way.
+//
+// A warp's tile is kRowTiles times 16 rows and kTiles times 8 columns of accumulators. A lane holds
+// rows g + 8 r, and four neighbouring columns of each pair of tiles (mma.cuh). Moments are of the
+// values as stored: of a tile's rows in registers, then over the lanes, the warp's tiles and the
+// block's warps, in that order, by the formula in moments.cuh, so no sum of squares cancels.
+#pragma once
+
+#include "cuda/elementwise/moments.cuh"
+#include "cuda/tensor_core/mma.cuh"
+
+namespace efficient_densenet::cuda {
+
+template <int n>
+constexpr int kHalf = n % 2 == 0 ? n / 2 : n;
+
+// What the lanes of a warp hold of the moments of a tile: kColumns per lane at first, and after
+// merging over the 8 lanes of a column, each of which then owns a share of them.
+template <int kColumns>
+struct TileMoments {
+  static constexpr int kOwned = kHalf<kHalf<kHalf<kColumns>>>;
+  float count = 0, mean[kColumns] = {}, m2[kColumns] = {};
+  int first = 0;      // column that the lane's first number is about
+  bool owner = true;  // false: another lane has the same columns
+
+  // Merges with the lane whose number differs in `bit`; each keeps half of the columns where their
+  // number is even.
+  template <int kNow>
+  __device__ void merge_lanes(int bit) {
+    const bool upper = threadIdx.x & bit;
+    const float other_count = __shfl_xor_sync(~0u, count, bit);
+    const float total = count + other_count;
+    const float fraction = total == 0 ? 0 : other_count / total, weight = count * fraction;
+    constexpr int kNext = kHalf<kNow>;
+    constexpr bool kSplits = kNext < kNow;
+#pragma unroll
+    for (int i = 0; i < kNext; ++i) {
+      const int j = kSplits ? i + kNext : i;
+      const float kept_mean = kSplits && upper ? mean[j] : mean[i];
+      const float kept_m2 = kSplits && upper ? m2[j] : m2[i];
+      const float other_mean = __shfl_xor_sync(~0u, kSplits && upper ? mean[i] : mean[j], bit);
+      const float other_m2 = __shfl_xor_sync(~0u, kSplits && upper ? m2[i] : m2[j], bit);
+      const float delta = other_mean - kept_mean;
+      mean[i] = fma(delta, fraction, kept_mean);
+      m2[i] = fma(delta * delta, weight, kept_m2 + other_m2);
+    }
+    count = total;
+    if (kSplits && upper) first += kNext;
+    if (!kSplits && upper) owner = false;
+  }
+
+  __device__ void merge_all_lanes() {
+    merge_lanes<kColumns>(16);
+    merge_lanes<kHalf<kColumns>>(8);
+    merge_lanes<kHalf<kHalf<kColumns>>>(4);
+  }
+};
+
+// The moments of what a warp has stored, over its tiles of rows.
+template <int kTiles>
+struct WarpMoments {
+  using Tile_ = TileMoments<2 * kTiles>;
+  Moments<float, Tile_::kOwned> moments;
+  int first = 0;
+  bool owner = true;
+
+  __device__ void add(const Tile_& tile) {
+    moments.merge(
+        tile.count, [&](int k) { return tile.mean[k]; }, [&](int k) { return tile.m2[k]; });
+    first = tile.first;
+    owner = tile.owner;
+  }
+
+  // Those of the block's warps, in order: one partial result per column and block,
+  // [outputs, gridDim.x]. `memory` is shared, kFloats per warp.
+  static constexpr int kColumns = kTiles * kTileColumns, kFloats = 2 * kColumns + 1;
+
+  __device__ void write(float* memory, int first_output, int outputs, double* partial_mean,
+                        double* partial_m2) const {
+    const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    float *const m2s = memory + warps * kColumns, *const counts = m2s + warps * kColumns;
+    if (lane == 0) counts[warp] = moments.count;
+    if (owner) {
+#pragma unroll
+      for (int k = 0; k < Tile_::kOwned; ++k) {
+        const int place = first + k;
+        const int column = place / 4 * 2 * kTileColumns + 4 * (lane % kPieces) + place % 4;
+        memory[warp * kColumns + column] = moments.mean[k];
+        m2s[warp * kColumns + column] = moments.m2[k];
+      }
+    }
+    __syncthreads();
+    for (int n = threadIdx.x; n < kColumns; n += blockDim.x) {
+      if (first_output + n >= outputs) break;
+      Moments<float, 1> all;
+      for (int w = 0; w < warps; ++w) {
+        all.merge(
+            counts[w], [&](int) { return memory[w * kColumns + n]; },
+            [&](int) { return m2s[w * kColumns + n]; });
+      }
+      const int64_t i = static_cast<int64_t>(first_output + n) * gridDim.x + blockIdx.x;
+      partial_mean[i] = all.mean[0];
+      partial_m2[i] = all.m2[0];
+    }
+  }
+};
+
+// Stores the tile whose row of this lane is `row`, the rows from `end` on excepted, and sets the
+// sums to 0. With a bias [outputs], relu(sums + bias) as an operand of the next product. Moments
+// are null where nobody wants them.
+template <typename T, int kRowTiles, int kTiles>
+__device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& to, int64_t row,
+                           int64_t end, int first_output, int outputs, const float* bias,
+                           WarpMoments<kTiles>* moments) {
+  constexpr int kPairs = kTiles / 2, kOwnRows = 2 * kRowTiles;
+  typename WarpMoments<kTiles>::Tile_ tile;
+#pragma unroll
+  for (int r = 0; r < kOwnRows; ++r) tile.count += row + r * 8 < end;
+  const bool full = __all_sync(~0u, tile.count == kOwnRows);
+  const bool whole = full && to.aligned && outputs % 4 == 0;  // of columns, all four or none
+  const float share = 1 / fmaxf(tile.count, 1);
+  const int t = threadIdx.x % kPieces;
+  T* const first = to.at(row, first_output + 4 * t);
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) {
+    const int place = pair * 2 * kTileColumns;
+    const int count = count_before<4>(outputs, first_output + place + 4 * t);
+    float shifts[4] = {};
+    if (bias != nullptr) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (k < count) shifts[k] = bias[first_output + place + 4 * t + k];
+      }
+    }
+    Pack<T, 4> values[kOwnRows];
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
+        values[r].values[k] =
+            bias == nullptr ? narrow<T>(sum) : to_operand(narrow<T>(relu(sum + shifts[k])));
+      }
+      if (whole) {
+        store_if(count > 0, first + r * 8 * to.stride + place, values[r]);
+      } else if (full || row + r * 8 < end) {
+        store_row(first + r * 8 * to.stride + place, values[r], to.aligned, count);
+      } else {
+        values[r] = r == 0 ? Pack<T, 4>{} : values[0];  // which adds nothing below
+      }
+    }
+    if (moments == nullptr) continue;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      // Relative to the first of so few rows, the squares' sum loses no digits.
+      const float shift = widen(values[0].values[k]);
+      float sum = 0, squares = 0;
+#pragma unroll
+      for (int r = 1; r < kOwnRows; ++r) {
+        const float delta = widen(values[r].values[k]) - shift;
+        sum += delta;
+        squares = fma(delta, delta, squares);
+      }
+      const float mean = sum * share;
+      tile.mean[4 * pair + k] = shift + mean;
+      tile.m2[4 * pair + k] = fma(-mean, sum, squares);
+    }
+  }
+  if (moments != nullptr) {
+    tile.merge_all_lanes();
+    moments->add(tile);
+  }
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[m][j][k] = 0;
+    }
+  }
+}
+
+}  // namespace efficient_densenet::cuda

@@ -1,0 +1,281 @@
+#include "dense_block/block.h"
+
+#include <algorithm>
+
+namespace efficient_densenet {
+namespace {
+
+// The normalised rows of so many bytes are multiplied while they are still in the cache.
+constexpr int64_t kChunkBytesCuda = 32 << 20, kChunkBytesCpu = 1 << 20;
+
+int64_t total_inputs(int64_t channels_in, int64_t growth, int64_t layers) {
+  return layers * channels_in + growth * (layers * (layers - 1) / 2);
+}
+
+}  // namespace
+
+Block::Block(const BlockArguments& arguments)
+    : arguments_(arguments),
+      device_(arguments.features.device()),
+      checks_(arguments.op, device_),
+      launch_(device_),
+      element_(element_of(arguments.op, "features", arguments.features)),
+      dtype_(arguments.features.scalar_type()),
+      element_size_(static_cast<int64_t>(arguments.features.element_size())) {
+  take_sizes();
+  check_weights();
+  take_norms();
+  check_norm_tensors();
+  take_path();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Checks, sizes, numbers of norms
+
+void Block::take_sizes() {
+  const Tensor &x = arguments_.features, &w2 = arguments_.conv2;
+  checks_.expect(x.dim() >= 3 && x.dim() <= 5 && x.numel() > 0, "features", x,
+                 "[N, C, *spatial] with 1 to 3 spatial dimensions and at least one element");
+  checks_.expect(w2.dim() == x.dim() + 1 && w2.numel() > 0, "conv2", w2, "[L, k, *kernel, B]");
+  layers_ = w2.size(0);
+  growth_ = w2.size(1);
+  bottleneck_ = w2.size(w2.dim() - 1);
+  channels_ = x.size(1);
+  images_ = x.size(0);
+  rows_ = x.numel() / channels_;
+  checks_.expect(layers_ < channels_ && growth_ <= (channels_ - 1) / layers_, "features", x,
+                 "more than L k channels for ", layers_, " layers of ", growth_);
+  channels_in_ = channels_ - layers_ * growth_;
+  features_ = images_matrix("features", x, channels_, dtype_);
+  if (x.dim() == 3) spatial_ = kernel_ = {1};  // convolutions of two dimensions know the layout
+  for (int64_t d = 2; d < x.dim(); ++d) spatial_.push_back(x.size(d));
+  for (int64_t d = 2; d < w2.dim() - 1; ++d) {
+    checks_.expect(w2.size(d) % 2 == 1, "conv2", w2, "odd kernel sizes, [L, k, *kernel, B]");
+    kernel_.push_back(w2.size(d));
+  }
+}
+
+void Block::check_weights() const {
+  const Tensor &w1 = arguments_.conv1, &w2 = arguments_.conv2;
+  checks_.contiguous("conv2", w2, dtype_, w2.numel());
+  checks_.contiguous("conv1", w1, dtype_,
+                     bottleneck_ * total_inputs(channels_in_, growth_, layers_));
+  if (!arguments_.projection) return;
+  const Tensor& projection = *arguments_.projection;
+  checks_.expect(projection.dim() == arguments_.features.dim() &&
+                     projection.size(0) == channels_in_ && projection.size(1) > 0,
+                 "projection", projection, "[C_0, P, 1...] with C_0 = ", channels_in_);
+  checks_.contiguous("projection", projection, dtype_, channels_in_ * projection.size(1));
+}
+
+void Block::check_x() {
+  const Tensor& x = arguments_.x;
+  if (arguments_.projection) {
+    x_ = images_matrix("x", x, arguments_.projection->size(1), dtype_);
+    return;
+  }
+  element_of(arguments_.op, "x", x);
+  checks_.has_sizes("x", x, sizes_with(channels_in_));
+  checks_.any_strides("x", x, x.scalar_type(), Access::kRead);
+}
+
+Sizes Block::sizes_with(int64_t channels) const {
+  return with_sizes(images_, channels, given_spatial());
+}
+
+Sizes Block::given_spatial() const {
+  return arguments_.features.dim() == 3 ? Sizes{spatial_[1]} : spatial_;
+}
+
+TensorMatrix Block::images_matrix(const char* name, const Tensor& tensor, int64_t channels,
+                                  ScalarType dtype) const {
+  Sizes sizes{images_, channels};
+  for (int64_t d = 2; d < arguments_.features.dim(); ++d) {
+    sizes.push_back(arguments_.features.size(d));
+  }
+  return {&tensor, 0, checks_.channels_last(name, tensor, dtype, sizes)};
+}
+
+void Block::add_norm(int64_t channels, double* mean, double* var) {
+  const auto& frozen = arguments_.frozen_norms;
+  const auto index = static_cast<int64_t>(norms_.size());
+  const bool is_frozen = std::find(frozen.begin(), frozen.end(), index) != frozen.end();
+  norms_.push_back({{mean, var, nullptr, nullptr, 0}, channels, affine_count_, !is_frozen});
+  affine_count_ += channels;
+  if (is_frozen) frozen_count_ += channels;
+  uses_batch_statistics_ |= !is_frozen;
+}
+
+void Block::take_norms() {
+  const int64_t all = channels_ + layers_ * bottleneck_;
+  mean_ = static_cast<double*>(
+      checks_.contiguous("statistics", arguments_.statistics, ScalarType::Double, {2, all}));
+  var_ = mean_ + all;
+  for (int64_t l = 0; l < layers_; ++l) add_norm(channels_before(l), mean_, var_);
+  for (int64_t l = 0; l < layers_; ++l) {
+    const int64_t begin = channels_ + l * bottleneck_;
+    add_norm(bottleneck_, mean_ + begin, var_ + begin);
+  }
+  const auto count = static_cast<int64_t>(arguments_.eps.size());
+  if (count > 2 * layers_) add_norm(channels_, mean_, var_);
+  checks_.check(arguments_.eps.size() == norms_.size(), "eps: expected ", 2 * layers_,
+                " numbers, or one more with the last reader, got ", count);
+  for (const int64_t index : arguments_.frozen_norms) {
+    checks_.check(index >= 0 && index < count, "frozen_norms: expected numbers of norms, below ",
+                  count, ", got ", index);
+  }
+}
+
+void Block::check_norm_tensors() {
+  checks_.contiguous("affine", arguments_.affine, parameter_type(element_), {2, affine_count_});
+  checks_.check(frozen_count_ == 0 || arguments_.frozen.has_value(),
+                "frozen: expected mean and var of the norms in frozen_norms, got None");
+  double* frozen = nullptr;
+  if (frozen_count_ > 0) {
+    frozen = static_cast<double*>(
+        checks_.contiguous("frozen", *arguments_.frozen, ScalarType::Double, {2, frozen_count_}));
+  }
+  for (size_t n = 0; n < norms_.size(); ++n) {
+    Norm& norm = norms_[n];
+    norm.bn.weight = affine(arguments_.affine, 0, norm.affine_begin);
+    norm.bn.bias = affine(arguments_.affine, 1, norm.affine_begin);
+    norm.bn.eps = arguments_.eps[n];
+    if (norm.batch_statistics) continue;
+    norm.bn.mean = frozen;
+    norm.bn.var = frozen + frozen_count_;
+    frozen += norm.channels;
+  }
+}
+
+void Block::take_path() {
+  if (arguments_.z) {
+    checks_.contiguous("bottlenecks", *arguments_.z, dtype_, layers_ * rows_ * bottleneck_);
+  }
+  if (arguments_.dropout_mask) {
+    checks_.contiguous("dropout_mask", *arguments_.dropout_mask, ScalarType::Bool,
+                       layers_ * rows_ * growth_);
+  }
+  Sizes kernel = kernel_;
+  if (arguments_.features.dim() == 3) kernel.erase(kernel.begin());
+  path_ = choose_kernel_path(
+      arguments_.settings,
+      {device_.is_cpu() ? "cpu" : "cuda", static_cast<int>(device_.index()), element_,
+       sizes_with(channels_), growth_, bottleneck_, kernel, arguments_.dropout_mask.has_value()});
+}
+
+Sizes Block::reader_sizes() const {
+  Sizes sizes = sizes_with(channels_);
+  for (size_t d = 2; d < sizes.size() && arguments_.pool != Pool::kNone; ++d) {
+    sizes[d] = arguments_.pool == Pool::kImages ? 1 : sizes[d] / 2;
+  }
+  return sizes;
+}
+
+TensorMatrix Block::reader_matrix(const char* name, const Tensor& y) const {
+  checks_.check(static_cast<int64_t>(arguments_.eps.size()) > 2 * layers_,
+                "eps: expected a number for the last reader's norm");
+  const Sizes sizes = reader_sizes();
+  checks_.check(std::find(sizes.begin(), sizes.end(), 0) == sizes.end(), name,
+                ": images of the features are smaller than a pooling window");
+  return {&y, 0, checks_.channels_last(name, y, dtype_, sizes)};
+}
+
+// ---------------------------------------------------------------------------------------------
+// Where things are
+
+char* Block::affine(const Tensor& tensor, int row, int64_t begin) const {
+  const int64_t size = is_double(element_) ? sizeof(double) : sizeof(float);
+  return static_cast<char*>(tensor.data_ptr()) + (row * affine_count_ + begin) * size;
+}
+
+// Memory of one of the matrices that every layer overwrites, allocated by the first.
+TensorMatrix Block::scratch(std::optional<Tensor>* memory, int64_t elements, int64_t channels) {
+  if (!memory->has_value()) *memory = empty({elements}, dtype_, device_);
+  return {&**memory, 0, channels};
+}
+
+TensorMatrix Block::z(int64_t layer) {
+  if (!arguments_.z) return scratch(&z_, rows_ * bottleneck_, bottleneck_);
+  return {&*arguments_.z, layer * rows_ * bottleneck_, bottleneck_};
+}
+
+KernelArgs Block::kernel_args(const TensorMatrix& x, int64_t rows, int64_t channels) const {
+  KernelArgs args{};
+  args.element = element_;
+  args.rows = {1, {rows, 1, 1, 1}, rows};
+  args.channels = channels;
+  args.features = {{x.view(), {}, 0, channels}};
+  return args;
+}
+
+int64_t Block::chunk_elements() const {
+  const int64_t bytes = launch_.is_cpu() ? kChunkBytesCpu : kChunkBytesCuda;
+  return std::min(std::max(channels_, bytes / element_size_), rows_ * channels_);
+}
+
+std::vector<Block::RowChunk> Block::row_chunks(int64_t channels) const {
+  const int64_t most = std::max<int64_t>(1, chunk_elements() / channels);
+  const int64_t count = (rows_ + most - 1) / most;
+  std::vector<RowChunk> chunks;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = rows_ * i / count, end = rows_ * (i + 1) / count;
+    chunks.push_back({begin, end - begin, i == 0, i + 1 == count});
+  }
+  return chunks;
+}
+
+// The weights of a layer, in packed ones or in their gradients.
+Tensor Block::conv1(const Tensor& packed, int64_t layer) const {
+  const int64_t channels = channels_before(layer);
+  const int64_t begin = bottleneck_ * total_inputs(channels_in_, growth_, layer);
+  return reinterpret(packed, begin, {bottleneck_, channels}, {channels, 1});
+}
+
+// The weights of a layer of so many, likewise.
+Tensor Block::conv2(const Tensor& packed, int64_t layer, int64_t count) const {
+  return reinterpret(packed, layer * (packed.numel() / count),
+                     with_sizes(growth_, bottleneck_, kernel_),
+                     channels_last_strides(bottleneck_, kernel_));
+}
+
+Tensor Block::dropout_mask(int64_t layer) const {
+  return reinterpret(*arguments_.dropout_mask, layer * rows_ * growth_,
+                     with_sizes(images_, growth_, spatial_),
+                     channels_last_strides(growth_, spatial_));
+}
+
+Pooling Block::pooling() const {
+  const Tensor& x = arguments_.features;
+  const int64_t pixels = rows_ / images_;
+  if (arguments_.pool == Pool::kImages) return {1, {pixels}, images_, pixels};
+  Pooling pooling{static_cast<int>(x.dim() - 2), {}, images_, 2};
+  for (int d = 0; d < pooling.dims; ++d) pooling.sizes[d] = x.size(2 + d);
+  return pooling;
+}
+
+// Whether a norm that normalises by the batch reads this channel of the features. Where none does,
+// there is nothing to correct, and nothing may be computed: 0 times an infinite feature is NaN.
+bool Block::has_batch_statistics_reader(int64_t channel) const {
+  const auto reads = [&](const Norm& norm) {
+    return norm.batch_statistics && channel < norm.channels;
+  };
+  return std::any_of(norms_.begin(), norms_.begin() + layers_, reads) ||
+         std::any_of(norms_.begin() + 2 * layers_, norms_.end(), reads);
+}
+
+char* Block::PackedWeights::allocate(const std::vector<int64_t>& bytes, const Device& device) {
+  int64_t total = 0;
+  begins.clear();
+  for (const int64_t count : bytes) {
+    begins.push_back(total);
+    total += count;
+  }
+  memory = empty({total}, ScalarType::Byte, device);
+  return static_cast<char*>(memory->data_ptr());
+}
+
+const void* Block::PackedWeights::at(int64_t layer) const {
+  return static_cast<const char*>(memory->data_ptr()) + begins[layer];
+}
+
+}  // namespace efficient_densenet

@@ -1,0 +1,143 @@
+#include "common/aten.h"
+#include "dense_block/block.h"
+
+namespace efficient_densenet {
+
+// The first C_0 columns of the features.
+void Block::write_input() {
+  const Tensor columns = features_.as_images(images_, channels_in_, given_spatial());
+  if (!arguments_.projection) return aten::copy(arguments_.x, columns);
+  const Tensor& weight = *arguments_.projection;
+  if (!path_.projection_multiplies) {
+    return aten::copy(aten::convolution(arguments_.x, weight), columns);
+  }
+  const int64_t inputs = weight.size(1);
+  const Tensor matrix = reinterpret(weight, 0, {channels_in_, inputs}, {inputs, 1});
+  aten::mm_out(x_.as_matrix(rows_, inputs), transpose(matrix),
+               features_.as_matrix(rows_, channels_in_));
+}
+
+void Block::take_statistics(const TensorMatrix& x, int64_t channels, double* mean, double* var,
+                            const View* copy) {
+  KernelArgs args = kernel_args(x, rows_, channels);
+  launch_(cpu::concat_bn_stats, cuda::concat_bn_stats, args, Statistics{mean, var, copy});
+}
+
+void Block::normalise(const Norm& norm, const TensorMatrix& x, int64_t rows,
+                      const TensorMatrix& y) {
+  KernelArgs args = kernel_args(x, rows, norm.channels);
+  launch_(cpu::concat_bn_relu, cuda::concat_bn_relu, args, norm.bn, y.view());
+}
+
+// All layers' convolutions as the tensor-core kernels read them.
+void Block::pack_conv1(WeightLayout layout) {
+  std::vector<int64_t> bytes;
+  for (int64_t l = 0; l < layers_; ++l) {
+    bytes.push_back(
+        cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l)));
+  }
+  cuda::pack_conv1x1(element_, layout, rows_,
+                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_,
+                      folded_ ? static_cast<const float*>(folded_->data_ptr()) : nullptr},
+                     packed_conv1_[static_cast<int>(layout)].allocate(bytes, device_),
+                     launch_.stream());
+}
+
+void Block::pack_conv2(bool grad_input) {
+  const std::vector<int64_t> bytes(
+      layers_, cuda::packed_conv3x3_bytes(element_, grad_input, growth_, bottleneck_));
+  cuda::pack_conv3x3(element_, grad_input,
+                     {arguments_.conv2.data_ptr(), layers_, growth_, bottleneck_},
+                     packed_conv2_[grad_input].allocate(bytes, device_), launch_.stream());
+}
+
+// Where each norm2 has its statistics and nobody keeps z, conv1 writes relu(norm2(z)): the scale
+// goes into its weight, and the rest is a bias.
+void Block::fold_norm2() {
+  folded_ = empty({2 * layers_ * bottleneck_}, ScalarType::Float, device_);
+  auto* const scale = static_cast<float*>(folded_->data_ptr());
+  const std::vector<double> eps(arguments_.eps.begin() + layers_,
+                                arguments_.eps.begin() + 2 * layers_);
+  // Their numbers lie one after the other.
+  cuda::fold_norms({norms_[layers_].bn, eps, bottleneck_}, scale, scale + layers_ * bottleneck_,
+                   launch_.stream());
+}
+
+// z = relu(norm1(x)) conv1, and its moments where they are asked for.
+void Block::bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* moments) {
+  const int64_t channels = channels_before(layer);
+  if (on_tensor_cores()) {
+    KernelArgs args = kernel_args(features_, rows_, channels);
+    const float* bias = nullptr;
+    if (folded_) {
+      bias = static_cast<const float*>(folded_->data_ptr()) + (layers_ + layer) * bottleneck_;
+    }
+    return launch_(cuda::bn_relu_conv1x1, args, norms_[layer].bn,
+                   packed_conv1_[static_cast<int>(WeightLayout::kForward)].at(layer), bottleneck_,
+                   bias, z.view(), moments);
+  }
+  const Tensor weight = conv1(arguments_.conv1, layer);
+  const Tensor transposed = transpose(weight);
+  for (const RowChunk& chunk : row_chunks(channels)) {
+    const TensorMatrix a1 = scratch(&a1_, chunk_elements(), channels);
+    const TensorMatrix z_rows = z.at(chunk.begin, 0);
+    normalise(norms_[layer], features_.at(chunk.begin, 0), chunk.count, a1);
+    if (path_.conv1 == Conv1x1::kProduct) {
+      aten::mm_out(a1.as_matrix(chunk.count, channels), transposed,
+                   z_rows.as_matrix(chunk.count, bottleneck_));
+    } else {
+      aten::copy(aten::convolution(a1.as_line(chunk.count, channels), as_convolution(weight)),
+                 z_rows.as_line(chunk.count, bottleneck_));
+    }
+  }
+  if (moments != nullptr) take_statistics(z, bottleneck_, moments->mean, moments->var, nullptr);
+}
+
+void Block::forward_layer(int64_t layer) {
+  const Norm& norm2 = norms_[layers_ + layer];
+  const TensorMatrix z = this->z(layer);
+  const int64_t z_begin = channels_ + layer * bottleneck_;
+  const Statistics moments{mean_ + z_begin, var_ + z_begin, nullptr};
+  bottleneck(layer, z, norm2.batch_statistics ? &moments : nullptr);
+  const int64_t begin = channels_before(layer);
+  const View to = features_.at(0, begin).view();
+  if (path_.conv2_on_tensor_cores) {
+    const Statistics of_new{mean_ + begin, var_ + begin, nullptr};
+    const Statistics* const asked = uses_batch_statistics_ ? &of_new : nullptr;
+    KernelArgs args = kernel_args(z, rows_, bottleneck_);
+    return launch_(cuda::bn_relu_conv3x3, args, norm2.bn, folded_.has_value(), image(),
+                   packed_conv2_[false].at(layer), growth_, to, asked);
+  }
+  const TensorMatrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
+  normalise(norm2, z, rows_, a2);
+  Tensor new_features =
+      aten::convolution(images(a2, bottleneck_), conv2(arguments_.conv2, layer, layers_));
+  if (arguments_.dropout_mask) {
+    new_features = aten::apply_dropout(new_features, dropout_mask(layer), arguments_.dropout_scale);
+  }
+  new_features = with_inner_channels(new_features, spatial_);
+  take_statistics(matrix_of(new_features), growth_, mean_ + begin, var_ + begin, &to);
+}
+
+// y = relu(norm(features)) of the last reader, averaged where that is asked for.
+void Block::forward_reader(const TensorMatrix& y) {
+  const Norm& norm = norms_.back();
+  if (arguments_.pool == Pool::kNone) return normalise(norm, features_, rows_, y);
+  KernelArgs args = kernel_args(features_, rows_, channels_);
+  launch_(cpu::average_pool, cuda::average_pool, args, norm.bn, pooling(), y.view());
+}
+
+void Block::forward(bool inference, const std::optional<Tensor>& y) {
+  check_x();
+  std::optional<TensorMatrix> y_matrix;
+  if (y) y_matrix = reader_matrix("y", *y);
+  write_input();
+  if (inference && path_.conv2_on_tensor_cores && !uses_batch_statistics_) fold_norm2();
+  if (on_tensor_cores()) pack_conv1(WeightLayout::kForward);
+  if (path_.conv2_on_tensor_cores) pack_conv2(false);
+  if (uses_batch_statistics_) take_statistics(features_, channels_in_, mean_, var_, nullptr);
+  for (int64_t l = 0; l < layers_; ++l) forward_layer(l);
+  if (y_matrix) forward_reader(*y_matrix);
+}
+
+}  // namespace efficient_densenet

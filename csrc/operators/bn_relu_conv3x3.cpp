@@ -1,0 +1,109 @@
+// The tensor-core kernels of bn_relu_conv3x3.h as operators of their own, on matrices. A dense
+// block calls the kernels directly (dense_block.cpp); these are for tests and benchmarks of each.
+#include "operators/bn_relu_conv3x3.h"
+
+#include "common/kernel_call.h"
+#include "operators/bn_relu_conv1x1.h"
+
+namespace efficient_densenet {
+namespace {
+
+class Call : public KernelCall {
+ public:
+  Call(const char* op, const Tensor& z, const NormTensors& norm, const Tensor& conv2,
+       int64_t height, int64_t width)
+      : KernelCall(op, "z", z, norm),
+        conv2_(conv2),
+        outputs_(conv2.size(0)),
+        image_{height, width} {
+    check_kernels(cuda::why_no_tensor_cores(device_index(), element(), channels(), outputs_));
+    check_kernels(cuda::why_no_conv3x3(device_index(), element(), outputs_, channels(), width));
+    numbers("conv2", conv2, dtype(), outputs_ * 9 * channels());
+    check(height > 0 && width > 0 && rows() % (height * width) == 0, "height, width",
+          ": expected images that the rows of z are made of");
+  }
+
+  Tensor packed(bool grad_input) const {
+    Tensor memory =
+        new_bytes(cuda::packed_conv3x3_bytes(element(), grad_input, outputs_, channels()));
+    cuda::pack_conv3x3(element(), grad_input, {conv2_.data_ptr(), 1, outputs_, channels()},
+                       memory.data_ptr(), stream());
+    return memory;
+  }
+
+  int64_t outputs() const { return outputs_; }
+  const ImageSize& image() const { return image_; }
+
+ private:
+  const Tensor& conv2_;
+  int64_t outputs_;
+  ImageSize image_;
+};
+
+void bn_relu_conv3x3(const Tensor& z, const Tensor& mean, const Tensor& var,
+                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                     double eps, const Tensor& conv2, int64_t height, int64_t width,
+                     const Tensor& y, const std::optional<Tensor>& moments) {
+  Call call("efficient_densenet::bn_relu_conv3x3", z, {mean, var, weight, bias, eps}, conv2, height,
+            width);
+  const View y_view = call.check_matrix("y", y, call.dtype(), call.rows(), call.outputs());
+  Statistics statistics{};
+  if (moments) statistics = call.statistics("moments", *moments, call.outputs());
+  const Tensor packed = call.packed(false);
+  const void* const data = packed.data_ptr();
+  const Statistics* const wanted = moments ? &statistics : nullptr;
+  call.run(cuda::bn_relu_conv3x3, false, call.image(), data, call.outputs(), y_view, wanted);
+}
+
+void bn_relu_conv3x3_backward(const Tensor& grad_features, const Tensor& y, const Tensor& y_mean,
+                              const Tensor& correction, const Tensor& z, const Tensor& mean,
+                              const Tensor& var, const std::optional<Tensor>& weight,
+                              const std::optional<Tensor>& bias, double eps, const Tensor& conv2,
+                              int64_t height, int64_t width, const Tensor& grad_z,
+                              const Tensor& grad_affine, bool batch_statistics,
+                              const std::optional<Tensor>& grad_conv2) {
+  Call call("efficient_densenet::bn_relu_conv3x3_backward", z, {mean, var, weight, bias, eps},
+            conv2, height, width);
+  const int64_t rows = call.rows(), channels = call.channels(), outputs = call.outputs();
+  auto* const sums =
+      static_cast<double*>(call.numbers("correction", correction, ScalarType::Double, 2 * outputs));
+  const Gathered gathered{
+      call.check_matrix("grad_features", grad_features, ScalarType::Float, rows, outputs),
+      call.check_matrix("y", y, call.dtype(), rows, outputs),
+      static_cast<const double*>(call.numbers("y_mean", y_mean, ScalarType::Double, outputs)),
+      {sums, sums + outputs}};
+  const View grad_z_view = call.check_matrix("grad_z", grad_z, call.dtype(), rows, channels);
+  auto* const affine = static_cast<float*>(
+      call.numbers("grad_affine", grad_affine, ScalarType::Float, 2 * channels));
+  const Tensor packed = call.packed(true);
+  const void* const data = packed.data_ptr();
+  const int64_t pitch = cuda::conv3x3_grad_pitch(call.element(), outputs);
+  const Tensor grad_y = empty({rows, pitch}, call.dtype(), z.device());
+  const View grad_y_view{grad_y.data_ptr(), 1, {pitch}};
+  call.args().features[0].grad_x = grad_z_view;
+  call.run(cuda::bn_relu_conv3x3_grad_input, call.image(), data, outputs, gathered, grad_y_view,
+           Gradients{grad_z_view, affine, affine + channels, batch_statistics});
+  if (!grad_conv2) return;
+  void* const to = call.numbers("grad_conv2", *grad_conv2, call.dtype(), outputs * 9 * channels);
+  call.run(cuda::bn_relu_conv3x3_grad_weight, call.image(), outputs, grad_y_view, to);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
+  m.def(
+      "bn_relu_conv3x3(Tensor z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor conv2, int height, int width, Tensor(a!) y, Tensor(b!)? moments) -> ()");
+  m.def(
+      "bn_relu_conv3x3_backward(Tensor grad_features, Tensor y, Tensor y_mean, Tensor correction, "
+      "Tensor z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor conv2, "
+      "int height, int width, Tensor(a!) grad_z, Tensor(b!) grad_affine, bool batch_statistics, "
+      "Tensor(c!)? grad_conv2) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efficient_densenet, CUDA, m) {
+  m.impl("bn_relu_conv3x3", TORCH_BOX(&bn_relu_conv3x3));
+  m.impl("bn_relu_conv3x3_backward", TORCH_BOX(&bn_relu_conv3x3_backward));
+}
+
+}  // namespace efficient_densenet

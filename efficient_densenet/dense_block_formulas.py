@@ -1,0 +1,338 @@
+"""The formulas of a dense block: what its two doors have in common.
+
+:func:`forward` and :func:`backward` allocate, pack and call the loops over layers of
+csrc/dense_block. The doors (:mod:`efficient_densenet.dense_block` for eager mode,
+:mod:`efficient_densenet.dense_block_operators` for compilers) bring the tensors and carry what is
+saved from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors
+
+from . import _extension  # noqa: F401  registers the operators
+from .batch_norm import BatchNorm
+from .block_spec import BlockSpec, count_rows
+from .layout import dense_strides, with_strides
+from .out_of_memory import out_of_memory_as_torch_raises_it
+from .precision import settings as precision_settings
+
+_ops = torch.ops.efficient_densenet
+
+
+class DenseLayer(NamedTuple):
+    """``conv2(relu(norm2(conv1(relu(norm1(x))))))``, from C to k channels.
+
+    Args:
+        norm1: over C channels.
+        conv1: ``[B, C, 1, ...]``, one 1 per spatial dimension.
+        norm2: over B channels.
+        conv2: ``[k, B, *kernel]`` with odd sizes; stride 1, padded to keep the spatial sizes.
+    """
+
+    norm1: BatchNorm
+    conv1: Tensor
+    norm2: BatchNorm
+    conv2: Tensor
+
+
+class BlockTensors(NamedTuple):
+    """What a block's norms and convolutions hold, read anew for every call.
+
+    Lists of norms are in the order of :class:`BlockSpec`, those of convolutions in that of layers.
+    """
+
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+    running_means: list[Tensor | None]
+    running_vars: list[Tensor | None]
+    batch_counts: list[Tensor | None]
+    conv1: list[Tensor]
+    conv2: list[Tensor]
+    projection: Tensor | None = None
+
+    def differentiable(self) -> list[Tensor | None]:
+        """In the order in which gradients come back."""
+        return [self.projection, *self.weights, *self.biases, *self.conv1, *self.conv2]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs besides inputs and result."""
+
+    features: Tensor | None  # None: they are the result
+    bottlenecks: Tensor | None  # [L, M, B]
+    statistics: Tensor  # [2, C + L B], float64
+    affine: Tensor | None  # weights and biases of all norms, [2, .], at least float32
+    frozen: Tensor | None  # mean and var of the norms without batch statistics, [2, .], float64
+
+
+def forward(
+    spec: BlockSpec, tensors: BlockTensors, x: Tensor, mask: Tensor | None, keeps: bool
+) -> tuple[Tensor, Saved]:
+    features = _new_features(spec, x)
+    result = features
+    if spec.has_reader:
+        result = _new_channels_last(spec.result_sizes(x.shape), features)
+    # Nobody takes those that only frozen norms would read.
+    new = x.new_zeros if spec.frozen_norms else x.new_empty
+    statistics = new((2, spec.num_statistics), dtype=torch.float64)
+    kept_features = features if spec.has_reader else None
+    rows = count_rows(x.shape)
+    if rows == 0:
+        return result, Saved(kept_features, None, statistics, None, None)
+    bottlenecks = None
+    if keeps and spec.keeps_bottlenecks:
+        bottlenecks = features.new_empty((spec.num_layers, rows, spec.bottleneck))
+    affine, frozen = _pack_norms(spec, tensors, x)
+    saved = Saved(kept_features, bottlenecks, statistics, affine, frozen)
+    with out_of_memory_as_torch_raises_it(x.device):
+        _ops.dense_block_layers(
+            *_input(spec, x, tensors.projection), features, bottlenecks, statistics,
+            _pack_conv1(tensors.conv1, spec.dtype), _pack_conv2(tensors.conv2, spec.dtype),
+            affine, frozen, *_settings(spec, x, mask), not keeps,
+            result if spec.has_reader else None,
+        )  # fmt: skip
+    return result, saved
+
+
+class Gradients(NamedTuple):
+    """Those of the packed operands."""
+
+    x: Tensor | None
+    projection: Tensor | None  # [C_0, P]
+    affine: Tensor  # as it is saved
+    conv1: Tensor | None  # [B, C_l] of all layers, one after the other; at least float32
+    conv2: Tensor | None  # [layers that need it, k, *kernel, B]
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    projection: bool
+    norms: list[bool]  # weights, then biases
+    conv1: list[bool]
+    conv2: list[bool]
+
+
+def backward(
+    spec: BlockSpec,
+    saved: Saved,
+    x: Tensor | None,
+    projection: Tensor | None,
+    conv1: Sequence[Tensor],
+    conv2: Sequence[Tensor],
+    mask: Tensor | None,
+    grad_result: Tensor,
+    needs: Needs,
+) -> Gradients:
+    """Of what crossed autograd, only values, shapes and dtypes are relied on: hooks may have
+    changed the memory format.
+    """
+    assert saved.features is not None and saved.affine is not None
+    features = _in_channels_last(saved.features, spec.dtype)
+    n, _, *spatial = features.shape
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    # At least float32: docs/design.md, "The dense block".
+    grad_features = _new_channels_last(features.shape, features, wide)
+    if spec.has_reader:
+        grad_result = _in_channels_last(grad_result, spec.dtype)
+    grad_x = grad_projection = None
+    if needs.x:
+        channels = spec.projected_channels or spec.in_channels
+        grad_x = _new_channels_last((n, channels, *spatial), features)
+    if needs.projection:
+        grad_projection = features.new_empty((spec.in_channels, spec.projected_channels))
+    packed1, packed2 = _pack_conv1(conv1, spec.dtype), _pack_conv2(conv2, spec.dtype)
+    affine = saved.affine.contiguous()
+    grad_affine = torch.empty_like(affine)
+    # Sums over chunks of rows, of 16-bit products.
+    grad_conv1 = torch.empty_like(packed1, dtype=wide) if any(needs.conv1) else None
+    count = sum(needs.conv2)
+    grad_conv2 = torch.empty_like(packed2[:count]) if count else None
+    read = features if x is None else x  # without a projection nobody reads the input again
+    with out_of_memory_as_torch_raises_it(features.device):
+        _ops.dense_block_layers_backward(
+            grad_result, *_input(spec, read, projection), features,
+            _contiguous(saved.bottlenecks), saved.statistics.contiguous(), packed1, packed2,
+            affine, _contiguous(saved.frozen), *_settings(spec, features, mask), spec.has_reader,
+            grad_features, grad_x, grad_projection, grad_affine, grad_conv1, needs.conv1,
+            grad_conv2, needs.conv2,
+        )  # fmt: skip
+    return Gradients(grad_x, grad_projection, grad_affine, grad_conv1, grad_conv2)
+
+
+def _input(spec: BlockSpec, x: Tensor, projection: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and the weight of its convolution, as csrc/dense_block reads them."""
+    if projection is None:
+        return x, None
+    return _in_channels_last(x, spec.dtype), projection.to(spec.dtype).contiguous()
+
+
+def _settings(spec: BlockSpec, x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    """What both operators of csrc/dense_block take alike, in their order."""
+    scale = 1 / (1 - spec.drop_rate)
+    precision = precision_settings(x.device, spec.dtype)
+    return (spec.frozen_norms, spec.eps, _contiguous(mask), scale, spec.pool, *precision)
+
+
+# ------------------------------------------------------------------------------------------------
+# Packing
+
+
+def _pack_norms(spec: BlockSpec, tensors: BlockTensors, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``affine`` and ``frozen`` of csrc/dense_block."""
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    affine = [
+        x.new_full((channels,), default, dtype=wide) if tensor is None else tensor
+        for parameters, default in ((tensors.weights, 1), (tensors.biases, 0))
+        for tensor, channels in zip(parameters, spec.norm_channels, strict=True)
+    ]
+    frozen = None
+    if spec.frozen_norms:
+        running = [
+            statistics[i]
+            for statistics in (tensors.running_means, tensors.running_vars)
+            for i in spec.frozen_norms
+        ]
+        frozen = torch.cat([t for t in running if t is not None]).to(torch.float64).view(2, -1)
+    return torch.cat(affine).to(wide).view(2, -1), frozen
+
+
+def _pack_conv1(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The ``[B, C_l]`` one after the other."""
+    flat: Tensor = _flatten_dense_tensors(weights)  # type: ignore[no-untyped-call]
+    return flat.to(dtype)
+
+
+def _pack_conv2(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """``[L, k, *kernel, B]``, contiguous."""
+    inner = torch.cat(list(weights)).to(dtype).movedim(1, -1).contiguous()
+    return inner.view(len(weights), -1, *inner.shape[1:])
+
+
+class ParameterLayout(NamedTuple):
+    """Dtypes, shapes and strides that the gradients of the parameters have."""
+
+    norm_dtype: torch.dtype | None
+    conv1: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]
+    conv2: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]
+
+
+def parameter_layout(tensors: BlockTensors) -> ParameterLayout:
+    dtypes = (p.dtype for p in (*tensors.weights, *tensors.biases) if p is not None)
+    conv1, conv2 = (
+        [(weight.dtype, weight.shape, weight.stride()) for weight in weights]
+        for weights in (tensors.conv1, tensors.conv2)
+    )
+    return ParameterLayout(next(dtypes, None), conv1, conv2)
+
+
+def _unpack(
+    spec: BlockSpec, parameters: ParameterLayout, gradients: Gradients, needs: Needs
+) -> list[Tensor | None]:
+    """The gradients of ``tensors.differentiable()`` but the first."""
+    affine = gradients.affine
+    if parameters.norm_dtype is not None:
+        affine = affine.to(parameters.norm_dtype)
+    unpacked: list[Tensor | None] = []
+    for row in affine.unbind(0):
+        unpacked += torch.split(row, spec.norm_channels)
+    unpacked = [g if needed else None for g, needed in zip(unpacked, needs.norms, strict=True)]
+    if gradients.conv1 is None:
+        unpacked += [None] * spec.num_layers
+    else:
+        flat = gradients.conv1.to(parameters.conv1[0][0])
+        parts = torch.split(flat, [shape.numel() for _, shape, _ in parameters.conv1])
+        for part, (_, shape, strides), needed in zip(
+            parts, parameters.conv1, needs.conv1, strict=True
+        ):
+            unpacked.append(with_strides(part.view(shape), strides) if needed else None)
+    if gradients.conv2 is None:
+        return unpacked + [None] * spec.num_layers
+    images = gradients.conv2.to(parameters.conv2[0][0]).movedim(-1, 2)  # each channels-last
+    if parameters.conv2[0][2][1] != 1:  # one copy for all layers
+        images = images.contiguous()
+    layers = iter(images.unbind(0))
+    for (_, _, strides), needed in zip(parameters.conv2, needs.conv2, strict=True):
+        unpacked.append(with_strides(next(layers), strides) if needed else None)
+    return unpacked
+
+
+def input_gradients(
+    spec: BlockSpec,
+    parameters: ParameterLayout,
+    gradients: Gradients,
+    needs: Needs,
+    x_dtype: torch.dtype,
+    projection: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients of x and of ``tensors.differentiable()``."""
+    grad_x = None if gradients.x is None else gradients.x.to(x_dtype)
+    grad_projection = gradients.projection
+    if grad_projection is not None and projection is not None:
+        grad_projection = grad_projection.to(projection.dtype).view(projection.shape)
+        grad_projection = with_strides(grad_projection, projection.stride())
+    return [grad_x, grad_projection, *_unpack(spec, parameters, gradients, needs)]
+
+
+def zero_gradients(spec: BlockSpec, x_shape: torch.Size, like: Tensor, needs: Needs) -> Gradients:
+    """The gradients of an empty batch."""
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    conv1 = spec.bottleneck * sum(spec.norm_channels[: spec.num_layers])
+    conv2 = sum(needs.conv2), spec.growth, *spec.kernel, spec.bottleneck
+    return Gradients(
+        like.new_zeros(x_shape) if needs.x else None,
+        like.new_zeros(spec.in_channels, spec.projected_channels) if needs.projection else None,
+        like.new_zeros(2, sum(spec.norm_channels), dtype=wide),
+        like.new_zeros(conv1, dtype=wide),
+        like.new_zeros(conv2),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+
+
+def _new_channels_last(
+    sizes: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    strides = dense_strides(sizes, channels_last=True)
+    return like.new_empty_strided(tuple(sizes), strides, dtype=dtype)
+
+
+def _in_channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x with its channels next to each other and its pixels one row after the other."""
+    pixels, row = [*range(2, x.dim())], x.size(1)
+    if x.dtype == dtype and (x.size(1) == 1 or x.stride(1) == 1):
+        fits, step = True, None
+        for d in [*reversed(pixels), 0]:
+            if x.size(d) == 1:
+                continue
+            step = x.stride(d) if step is None else step
+            fits = fits and x.stride(d) == step and step >= row
+            step *= x.size(d)
+        if fits:
+            return x
+    return torch.empty_strided(
+        x.shape, dense_strides(x.shape, channels_last=True), dtype=dtype, device=x.device
+    ).copy_(x)
+
+
+def _new_features(spec: BlockSpec, x: Tensor) -> Tensor:
+    """The block's buffer; its rows are padded where nobody sees it, for wide accesses."""
+    padded = [x.size(0), spec.channels, *x.shape[2:]]
+    if spec.has_reader:
+        padded[1] = -(-spec.channels // 8) * 8
+    strides = dense_strides(padded, channels_last=True)
+    sizes = x.size(0), spec.channels, *x.shape[2:]
+    return x.new_empty_strided(sizes, strides, dtype=spec.dtype)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
