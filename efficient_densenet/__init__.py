@@ -7,7 +7,8 @@ from .batch_norm import BatchNorm
 from .bn_relu_max_pool import bn_relu_max_pool
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .convert import convert, revert
-from .dense_block import DenseLayer, dense_block
+from .dense_block import dense_block
+from .dense_block_formulas import DenseLayer
 from .densenet import DenseBlock, DenseNet
 from .explain import BlockReport, explain
 from .factories import (

@@ -13,7 +13,7 @@ from .batch_norm import BatchNorm
 from .storage import SharedStorage
 
 if TYPE_CHECKING:
-    from .dense_block import DenseLayer
+    from .dense_block_formulas import DenseLayer
 
 RECOMPUTE = ("bottleneck", "features")
 

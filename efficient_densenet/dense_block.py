@@ -270,8 +270,8 @@ def _saved_tensors(ctx: Any) -> Any:
             raise
         which = f" of {ctx.name}" if ctx.name else ""
         raise RuntimeError(
-            f"dense_block: the result{which}, or a weight, was changed in place before the backward "
-            "pass. A block's result is itself kept for the backward pass: use inplace=False in the "
+            f"dense_block: the result{which}, or a weight, was changed in place before the "
+            "backward pass, for which a block's result is itself kept: use inplace=False in the "
             "module or hook behind it, or let that work on result.clone(). "
             f"({error})"
         ) from error

@@ -1,8 +1,9 @@
 """The dense block as operators that mutate nothing: the door for whoever traces.
 
-A compiler cannot look into the autograd function of :mod:`efficient_densenet.dense_block`. Here the
-same formulas are one operator forward and one backward. Without data the same functions give shapes
-and strides. Running statistics are moved by an operator of their own, as one more node of the graph.
+A compiler cannot look into the autograd function of :mod:`efficient_densenet.dense_block`. Here
+the same formulas are one operator forward and one backward. Without data the same functions give
+shapes and strides. Running statistics are moved by an operator of their own, one more node of the
+graph.
 
 Lists hold no None: weights and biases are those of the norms that have some, running statistics
 those of the frozen norms.

@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .arguments import computed_dtype, in_autocast
 from .batch_norm import BatchNorm
 from .block_spec import BlockSpec, Pool
-from .dense_block import BlockTensors, DenseLayer, describe
+from .dense_block import describe
+from .dense_block_formulas import BlockTensors, DenseLayer
 from .libraries import LayerParts, has_activation, transition_of
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

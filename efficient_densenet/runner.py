@@ -361,9 +361,8 @@ def _run_unfused(
             convolved: Tensor = transition.conv(transition.pool_module(y))
             return convolved
 
-        return norm_relu_conv(
-            transition.norm, transition.relu, pool_and_convolve, [x]
-        ), position + 1
+        y = norm_relu_conv(transition.norm, transition.relu, pool_and_convolve, [x])
+        return y, position + 1
     relus = [] if has_activation(module) else list(following[:1])
     consumers = following[len(relus) :]
     if fuses and consumers and _is_stem(module, relus, x):

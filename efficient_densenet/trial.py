@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .libraries import Library
-from .lowering import BATCH_NORMS, any_global_hook
+from .lowering import BATCH_NORMS, any_global_hook, has_hooks
 
 _TOLERANCE = 1e-8
 _DROP_RATE = 0.25
@@ -230,14 +230,8 @@ def _head_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def head_has_hooks(model: nn.Module) -> bool:
     """Whether somebody listens between the features and a linear layer."""
-    listens = (
-        any(
-            value for name, value in vars(module).items() if "forward" in name or "backward" in name
-        )
-        for module in _head_modules(model)
-        if not isinstance(module, nn.Linear)
-    )
-    return any(listens)
+    between = (m for m in _head_modules(model) if not isinstance(m, nn.Linear))
+    return any(has_hooks(module) or "forward" in vars(module) for module in between)
 
 
 def head_averages(model: Any) -> bool:
