@@ -22,6 +22,8 @@ import atexit
 import csv
 import gc
 import importlib.util
+import io
+import logging
 import pickle
 import random
 import resource
@@ -478,7 +480,10 @@ class Run:
     def _save_checkpoint(self, name: str, **more: Any) -> None:
         checkpoint = {"model": self.model.state_dict(), "arguments": vars(self.options), **more}
         checkpoint["epoch"] = len(self.history)
-        write_atomically(self.folder / name, lambda path: torch.save(checkpoint, path))
+        # Through memory, because on a full disk torch.save itself gives no reason.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(self.folder / name, lambda path: path.write_bytes(content.getvalue()))
 
     def _save_results(self, test_error: float | None = None) -> None:
         """Write the table and the plot. The test error of best.pt stands in the last row."""
@@ -518,14 +523,14 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path`` and rename it: nobody finds half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter from torch.save, on a full disk
-        raise UsageError(f"{path}: cannot be written: {one_line(error)}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -738,6 +743,10 @@ def launch(options: Namespace, processes: int) -> None:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"demo-{os.getpid()}",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
     )  # fmt: skip
+    # A process that refuses says why itself, in one line. This would add a traceback.
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    log.addFilter(lambda record: f"(exitcode: {REFUSED})" not in record.getMessage())
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     elastic_launch(config, work_until_stopped)(options)
 
 
