@@ -207,7 +207,8 @@ def load_torchvision(options: Namespace) -> tuple[Dataset, Dataset, Dataset]:
         labels = torch.as_tensor(dataset.targets)
         shape = tuple(dataset.data.shape[:3])
         if shape != (len(labels), size, size) or not ((labels >= 0) & (labels < 10)).all():
-            raise ValueError(f"{shape} images with {len(labels)} labels in [0, 10)")
+            expected = f"{size} x {size} pixels and a label in [0, 10) for each image"
+            raise ValueError(f"expected {expected}, got {list(shape)} and {len(labels)} labels")
         return dataset
 
     try:
@@ -293,7 +294,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def describe_peak(megabytes: float, device: torch.device) -> str:
-    """On a CPU most of it are libraries: it does not tell what ``--efficient`` saves."""
+    """On a CPU most of it is libraries, so that it does not show what ``--efficient`` saves."""
     what = "tensors" if device.type == "cuda" else "the process and its libraries"
     return f"peak {megabytes:.0f} MB of {what}"
 
@@ -595,32 +596,40 @@ def check_weights(path: Path, checkpoint: dict[str, Any], model: DenseNet) -> No
 
 
 def check_progress(path: Path, last: dict[str, Any], model: DenseNet) -> None:
-    """Refuse a history, a momentum or a seed with which training would fail later."""
+    """Refuse a seed, a history or a momentum with which training would fail later."""
     seed, state = last["arguments"].get("seed"), last["optimizer"].get("state")
+    history = last["history"]
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise not_written_by_demo(path, "argument seed")
-    history = last["history"]
     if last["epoch"] != len(history):
         raise not_written_by_demo(path, "epoch")
     for epoch, row in enumerate(history, 1):
-        if not (
-            isinstance(row, dict)
-            and row.keys() == set(COLUMNS) - {"test_error"}
-            and row["epoch"] == epoch
-            and all(type(value) is float for name, value in row.items() if name != "epoch")
-            and 0 <= row["valid_error"] <= 1  # not so for NaN
-        ):
+        if not is_row(row, epoch):
             raise not_written_by_demo(path, f"history of epoch {epoch}")
     parameters = list(model.parameters()) if history else []
     if not isinstance(state, dict) or state.keys() != set(range(len(parameters))):
         raise not_written_by_demo(path, "optimizer")
     for i, parameter in enumerate(parameters):
-        momentum = state[i].get("momentum_buffer") if isinstance(state[i], dict) else None
-        if not isinstance(momentum, Tensor) or (
-            (momentum.shape, momentum.dtype, momentum.device, momentum.layout)
-            != (parameter.shape, parameter.dtype, parameter.device, parameter.layout)
-        ):
+        if not has_momentum(state[i], parameter):
             raise not_written_by_demo(path, f"optimizer for parameter {i}")
+
+
+def is_row(row: Any, epoch: int) -> bool:
+    kinds = {name: float for name in COLUMNS if name != "test_error"} | {"epoch": int}
+    return (
+        isinstance(row, dict)
+        and {name: type(value) for name, value in row.items()} == kinds
+        and row["epoch"] == epoch
+        and 0 <= row["valid_error"] <= 1  # not so for NaN
+    )
+
+
+def has_momentum(entry: Any, parameter: Tensor) -> bool:
+    momentum = entry.get("momentum_buffer") if isinstance(entry, dict) else None
+    if not isinstance(momentum, Tensor) or momentum.is_nested:
+        return False
+    kinds = [(x.shape, x.dtype, x.device, x.layout) for x in (momentum, parameter)]
+    return kinds[0] == kinds[1]
 
 
 def check_writable(folder: Path) -> None:
@@ -761,8 +770,10 @@ def refuse(error: UsageError) -> int:
 
 def last_written(options: Namespace) -> int:
     """When last.pt was written, in nanoseconds; 0 if there is none."""
-    path = Path(options.save) / "last.pt"
-    return path.stat().st_mtime_ns if path.exists() else 0
+    try:
+        return (Path(options.save) / "last.pt").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def say_how_to_resume(options: Namespace, arguments: list[str], before: int) -> None:

@@ -577,6 +577,7 @@ STRANGE += [
     ("history/0/valid_loss", "1"),
     ("history/0/seconds", torch.ones(2)),
     ("history/0/epoch", 3),
+    ("history/0/epoch", torch.ones(2)),
     ("history/0/more", 1.0),
     ("optimizer/state", LEFT_OUT),
     ("optimizer/state", {}),
