@@ -22,6 +22,8 @@ import atexit
 import csv
 import gc
 import importlib.util
+import io
+import logging
 import pickle
 import random
 import resource
@@ -205,7 +207,8 @@ def load_torchvision(options: Namespace) -> tuple[Dataset, Dataset, Dataset]:
         labels = torch.as_tensor(dataset.targets)
         shape = tuple(dataset.data.shape[:3])
         if shape != (len(labels), size, size) or not ((labels >= 0) & (labels < 10)).all():
-            raise ValueError(f"{shape} images with {len(labels)} labels in [0, 10)")
+            expected = f"{size} x {size} pixels and a label in [0, 10) for each image"
+            raise ValueError(f"expected {expected}, got {list(shape)} and {len(labels)} labels")
         return dataset
 
     try:
@@ -291,7 +294,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def describe_peak(megabytes: float, device: torch.device) -> str:
-    """On a CPU most of it are libraries: it does not tell what ``--efficient`` saves."""
+    """On a CPU most of it is libraries, so that it does not show what ``--efficient`` saves."""
     what = "tensors" if device.type == "cuda" else "the process and its libraries"
     return f"peak {megabytes:.0f} MB of {what}"
 
@@ -478,7 +481,10 @@ class Run:
     def _save_checkpoint(self, name: str, **more: Any) -> None:
         checkpoint = {"model": self.model.state_dict(), "arguments": vars(self.options), **more}
         checkpoint["epoch"] = len(self.history)
-        write_atomically(self.folder / name, lambda path: torch.save(checkpoint, path))
+        # Through memory, because on a full disk torch.save itself gives no reason.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(self.folder / name, lambda path: path.write_bytes(content.getvalue()))
 
     def _save_results(self, test_error: float | None = None) -> None:
         """Write the table and the plot. The test error of best.pt stands in the last row."""
@@ -518,14 +524,14 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path`` and rename it: nobody finds half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter from torch.save, on a full disk
-        raise UsageError(f"{path}: cannot be written: {one_line(error)}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -590,32 +596,40 @@ def check_weights(path: Path, checkpoint: dict[str, Any], model: DenseNet) -> No
 
 
 def check_progress(path: Path, last: dict[str, Any], model: DenseNet) -> None:
-    """Refuse a history, a momentum or a seed with which training would fail later."""
+    """Refuse a seed, a history or a momentum with which training would fail later."""
     seed, state = last["arguments"].get("seed"), last["optimizer"].get("state")
+    history = last["history"]
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise not_written_by_demo(path, "argument seed")
-    history = last["history"]
     if last["epoch"] != len(history):
         raise not_written_by_demo(path, "epoch")
     for epoch, row in enumerate(history, 1):
-        if not (
-            isinstance(row, dict)
-            and row.keys() == set(COLUMNS) - {"test_error"}
-            and row["epoch"] == epoch
-            and all(type(value) is float for name, value in row.items() if name != "epoch")
-            and 0 <= row["valid_error"] <= 1  # not so for NaN
-        ):
+        if not is_row(row, epoch):
             raise not_written_by_demo(path, f"history of epoch {epoch}")
     parameters = list(model.parameters()) if history else []
     if not isinstance(state, dict) or state.keys() != set(range(len(parameters))):
         raise not_written_by_demo(path, "optimizer")
     for i, parameter in enumerate(parameters):
-        momentum = state[i].get("momentum_buffer") if isinstance(state[i], dict) else None
-        if not isinstance(momentum, Tensor) or (
-            (momentum.shape, momentum.dtype, momentum.device, momentum.layout)
-            != (parameter.shape, parameter.dtype, parameter.device, parameter.layout)
-        ):
+        if not has_momentum(state[i], parameter):
             raise not_written_by_demo(path, f"optimizer for parameter {i}")
+
+
+def is_row(row: Any, epoch: int) -> bool:
+    kinds = {name: float for name in COLUMNS if name != "test_error"} | {"epoch": int}
+    return (
+        isinstance(row, dict)
+        and {name: type(value) for name, value in row.items()} == kinds
+        and row["epoch"] == epoch
+        and 0 <= row["valid_error"] <= 1  # not so for NaN
+    )
+
+
+def has_momentum(entry: Any, parameter: Tensor) -> bool:
+    momentum = entry.get("momentum_buffer") if isinstance(entry, dict) else None
+    if not isinstance(momentum, Tensor) or momentum.is_nested:
+        return False
+    kinds = [(x.shape, x.dtype, x.device, x.layout) for x in (momentum, parameter)]
+    return kinds[0] == kinds[1]
 
 
 def check_writable(folder: Path) -> None:
@@ -738,6 +752,10 @@ def launch(options: Namespace, processes: int) -> None:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"demo-{os.getpid()}",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
     )  # fmt: skip
+    # A process that refuses says why itself, in one line. This would add a traceback.
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    log.addFilter(lambda record: f"(exitcode: {REFUSED})" not in record.getMessage())
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     elastic_launch(config, work_until_stopped)(options)
 
 
@@ -752,8 +770,10 @@ def refuse(error: UsageError) -> int:
 
 def last_written(options: Namespace) -> int:
     """When last.pt was written, in nanoseconds; 0 if there is none."""
-    path = Path(options.save) / "last.pt"
-    return path.stat().st_mtime_ns if path.exists() else 0
+    try:
+        return (Path(options.save) / "last.pt").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def say_how_to_resume(options: Namespace, arguments: list[str], before: int) -> None:

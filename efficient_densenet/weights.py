@@ -53,14 +53,15 @@ def load_weights(model: DenseNet, weights: Weights, progress: bool = True) -> No
         progress: show the download's progress.
 
     Raises:
-        TypeError: ``weights`` or ``model`` is something else, or a key of ``weights`` is not a
-            string or a value not a tensor.
-        FileNotFoundError: there is no such file.
+        TypeError: ``model``, ``weights`` or what a readable file holds is something else, or a key
+            of the state dict is not a string or a value not a tensor.
+        FileNotFoundError: there is no such file, or a folder in its place.
         PermissionError: the file may not be read.
         ImportError: it is a safetensors file, and safetensors is not installed.
-        ValueError: the file cannot be read, or its tensors are not the model's: the message lists
-            missing and unexpected names and other shapes. Or a tensor, of the weights or of the
-            model, has no values in memory of its own, such as one on the meta device.
+        ValueError: the file is damaged or in another format. Or the tensors are not the model's:
+            the message lists missing and unexpected names and other shapes. Or a tensor, of the
+            weights or of the model, has no values in memory of its own, such as one on the meta
+            device, or values of another kind, such as complex numbers.
     """
     if not isinstance(model, DenseNet):
         raise TypeError(f"model: expected a DenseNet of this package, got {_type(model)}")
@@ -71,7 +72,8 @@ def load_weights(model: DenseNet, weights: Weights, progress: bool = True) -> No
     if differences:
         raise ValueError(f"weights: {_describe(differences, own, state)}. Nothing was changed")
     _check_writable(own)
-    # In copies, because an entry may share memory with the model, which is overwritten bit by bit.
+    # In copies, because an entry may share memory with the model, whose tensors are overwritten one
+    # after the other.
     converted = {name: _convert(name, value, own[name]) for name, value in state.items()}
     model.load_state_dict(own | converted)
 

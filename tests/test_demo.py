@@ -32,6 +32,7 @@ TWO_DEVICES = (
     "import sys, torch, demo; torch.cuda.device_count = lambda: 2; "
     "sys.exit(demo.main(sys.argv[1:]))"
 )
+ONE_DEVICE = "import sys, demo; sys.exit(demo.main(sys.argv[1:]))"
 SCRIPT, AS_IF_TWO_GPUS = ["demo.py"], ["-c", TWO_DEVICES]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "demo.py"]
 
@@ -106,6 +107,18 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
     return err
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("mlxtend", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("finished")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_here("", folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
 # ---------------------------------------------------------------------------------- training
 
 
@@ -174,10 +187,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_new_run_keeps_the_files_of_another_until_its_first_epoch_is_done(
-    tmp_path: Path, extra: None, capsys, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    run_here("", old)
+    shutil.copytree(finished_run, old)
     finished = snapshot(old)
 
     def stop(self: demo.Run, epoch: int) -> None:
@@ -198,10 +211,10 @@ def test_a_new_run_keeps_the_files_of_another_until_its_first_epoch_is_done(
 
 @pytest.mark.parametrize("name", ["results.csv", "curves.png", "best.pt", "last.pt"])
 def test_a_file_that_cannot_be_written(
-    name: str, tmp_path: Path, extra: None, capsys, monkeypatch: pytest.MonkeyPatch
+    name: str, finished_run: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a full disk: some of it is written, and then no more."""
-    run_here("", tmp_path)
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     finished = snapshot(tmp_path)
     really_write = demo.write_atomically
 
@@ -216,21 +229,22 @@ def test_a_file_that_cannot_be_written(
     capsys.readouterr()
     assert demo.main([*TINY.split(), "--save", str(tmp_path)]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith(f"demo.py: error: {tmp_path / name}: cannot be written: [Errno 28]")
+    assert err.startswith(f"demo.py: error: {tmp_path / name}: cannot be written: No space left")
     after = snapshot(tmp_path)
     assert after.keys() == finished.keys() and after[name] == finished[name]
 
 
-def test_a_full_disk(tmp_path: Path, extra: None) -> None:
-    """Here a limit on the size of files, which torch.save meets in its own way."""
-    limit = 20_000
-    program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-    program += "; import demo, sys; sys.exit(demo.main(sys.argv[1:]))"
-    process = start(["-c", program], "", tmp_path)
+# On a full disk, which a limit on the size of files stands for here.
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk(processes: int, tmp_path: Path, extra: None) -> None:
+    process = start(["-c", LIMIT + (ONE_DEVICE, TWO_DEVICES)[processes - 1]], "", tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
-    assert err.splitlines()[-1].startswith(f"demo.py: error: {tmp_path / 'last.pt'}: cannot be")
-    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+    assert err == f"demo.py: error: {tmp_path / 'last.pt'}: cannot be written: File too large\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
@@ -533,18 +547,6 @@ def test_resume_with_files_that_do_not_fit(tmp_path: Path, extra: None, capsys) 
     assert "last.pt: this checkpoint cannot be read" in refusal(resume, capsys)
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("mlxtend", "matplotlib", "tqdm"):
-        pytest.importorskip(package)
-    folder = tmp_path_factory.mktemp("finished")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run_here("", folder)
-    torch.set_num_threads(threads)
-    return folder
-
-
 def change(checkpoint: dict, path: str, value: object) -> None:
     """Replace the entry at a path such as ``history.0.epoch``; LEFT_OUT takes it out."""
     *parents, name = [int(part) if part.isdigit() else part for part in path.split("/")]
@@ -575,6 +577,7 @@ STRANGE += [
     ("history/0/valid_loss", "1"),
     ("history/0/seconds", torch.ones(2)),
     ("history/0/epoch", 3),
+    ("history/0/epoch", torch.ones(2)),
     ("history/0/more", 1.0),
     ("optimizer/state", LEFT_OUT),
     ("optimizer/state", {}),
@@ -651,9 +654,8 @@ def start_machines(arguments: list[str], folders: list[Path]) -> list[subprocess
         port = str(probe.getsockname()[1])
     together = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOCAL_RANK": "0"}
     together |= {"WORLD_SIZE": str(len(folders)), "TORCHELASTIC_RUN_ID": "test"}
-    program = ["-c", "import demo, sys; sys.exit(demo.main(sys.argv[1:]))"]
     return [
-        start(program, arguments[rank], folder, {**together, "RANK": str(rank)})
+        start(["-c", ONE_DEVICE], arguments[rank], folder, {**together, "RANK": str(rank)})
         for rank, folder in enumerate(folders)
     ]
 
