@@ -110,7 +110,7 @@ class _ConvertedBlock(_Converted, Block):
         if records(x):
             _warn_of_recording()
             return self.run_plain(x)
-        return run_block(self, x)
+        return run_block(self, x) if isinstance(x, Tensor) else self.run_plain(x)
 
     def settings(self) -> _ConvertedSettings:
         settings = self._efficient_densenet
@@ -195,6 +195,7 @@ class _ConvertedSequential(_Converted):
     def forward(self, x: Tensor) -> Tensor:
         if records(x):
             _warn_of_recording()
+        if records(x) or not isinstance(x, Tensor):
             return self.run_plain(x)
         ending = Ending.NOTHING
         if _averaged.get() is self:

@@ -86,7 +86,7 @@ def dense_block(
     if has_torch_function_unary(x):  # type: ignore[no-untyped-call]
         result: Tensor = handle_torch_function(dense_block, (x,), x, layers, drop_rate, recompute)
         return result
-    return run(*describe(x, layers, drop_rate, recompute), x)
+    return run_dense_block(*describe(x, layers, drop_rate, recompute), x)
 
 
 def describe(
@@ -99,7 +99,7 @@ def describe(
     drops_channels: bool = False,
     projection: Tensor | None = None,
 ) -> tuple[BlockSpec, BlockTensors]:
-    """A block and its tensors, for :func:`run`. Arguments are checked as in :func:`dense_block`.
+    """A block and its tensors, for :func:`run_dense_block`, from checked arguments.
 
     Args:
         reader: the result is ``relu(batch_norm(features, reader))``, and the features are kept
@@ -143,7 +143,7 @@ def describe(
     return spec, tensors
 
 
-def run(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str = "") -> Tensor:
+def run_dense_block(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str = "") -> Tensor:
     """Runs a block on its input.
 
     Args:
@@ -230,10 +230,11 @@ class _DenseBlock(torch.autograd.Function):
         ctx.spec, ctx.name, ctx.parameters = spec, call.name, parameter_layout(tensors)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
+        projects = tensors.projection is not None and any(ctx.needs_input_grad[1:3])
         ctx.mark_non_differentiable(saved.statistics)
         ctx.save_for_backward(
             token, result if saved.features is None else saved.features, *saved[1:], call.mask,
-            x if tensors.projection is not None else None, tensors.projection,
+            *((x, tensors.projection) if projects else (None, None)),
             *tensors.conv1, *tensors.conv2,
         )  # fmt: skip
         return result, saved.statistics, token

@@ -22,7 +22,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("efficient_densenet::dropout_mask", ("cpu", "cuda"))
 def dropout_mask(
     x: Tensor,
     conv1: Sequence[Tensor],
@@ -50,6 +49,9 @@ def dropout_mask(
     for layer, kept in zip(mask, drawn, strict=True):
         layer.copy_(kept.movedim(1, -1))
     return mask
+
+
+torch.library.impl("efficient_densenet::dropout_mask", ("cpu", "cuda"))(dropout_mask)
 
 
 @torch.library.register_fake("efficient_densenet::dropout_mask")

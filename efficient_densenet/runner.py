@@ -16,11 +16,11 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dense_block
-from .arguments import computed_dtype
+from .arguments import check_tensor, computed_dtype
 from .block_spec import BlockSpec, Pool
 from .bn_relu_max_pool import bn_relu_max_pool
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
+from .dense_block import kernel_path, run_dense_block
 from .layout import block_is_channels_last, convolution_is_channels_last
 from .libraries import LayerParts, has_activation
 from .lowering import (
@@ -50,8 +50,7 @@ def records(x: object) -> bool:
     ``torch.compiler.is_exporting()`` for True always.)
     """
     return (
-        not isinstance(x, Tensor)
-        or isinstance(x, torch.fx.Proxy)
+        isinstance(x, torch.fx.Proxy)
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or (torch.compiler.is_compiling() and torch.compiler._is_exporting_flag)
     )
@@ -159,7 +158,7 @@ class Block(nn.Module):
         """
         lowered, _ = lower_block(self, x)
         if isinstance(lowered, BlockSpec):
-            return dense_block.kernel_path(lowered, x)
+            return kernel_path(lowered, x)
         return f"{self.instead()}: {lowered.why}"
 
     def instead(self) -> str:
@@ -220,12 +219,13 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     """A block alone."""
     if records(x):
         return block.run_plain(x)
+    check_tensor("x", x)
     lowered, tensors = lower_block(block, x)
     if isinstance(lowered, Refusal):
         if lowered.error is not None:
             raise lowered.error(lowered.why)
         return block.run_refused(x, block.layer_parts())
-    result = dense_block.run(lowered, tensors, x, block.settings().name)
+    result = run_dense_block(lowered, tensors, x, block.settings().name)
     if _draws_in_order_of_memory(lowered):
         result = in_format(result, _is_plainly_channels_last(block, x))
     # A hook gets the result, and may write to it.
@@ -296,7 +296,7 @@ def run_sequence(
             block = modules[position]
             if restores:
                 channels_last = _is_plainly_channels_last(block, x)
-            x = dense_block.run(lowered, tensors, x, block.settings().name)
+            x = run_dense_block(lowered, tensors, x, block.settings().name)
             position, projection = position + 2, reader.conv
             if projection is None:
                 is_last = position == len(modules)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from efficient_densenet import runner
 from efficient_densenet._extension import _C
-from efficient_densenet.dense_block import Plan
 from reference import DEVICES
 
 
@@ -40,15 +40,15 @@ def tf32():
 
 
 @pytest.fixture
-def plans(monkeypatch):
-    """Those that run, in their order."""
-    found, run = [], Plan.run
+def specs(monkeypatch):
+    """Descriptions of the blocks that modules run, in their order."""
+    found, run = [], runner.run_dense_block
 
-    def record(plan, x):
-        found.append(plan)
-        return run(plan, x)
+    def record(spec, *arguments):
+        found.append(spec)
+        return run(spec, *arguments)
 
-    monkeypatch.setattr(Plan, "run", record)
+    monkeypatch.setattr(runner, "run_dense_block", record)
     return found
 
 

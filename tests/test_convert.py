@@ -31,7 +31,7 @@ from efficient_densenet import (
     explain,
     revert,
 )
-from efficient_densenet.dense_block import Pool
+from efficient_densenet.block_spec import Pool
 from reference import DTYPES, assert_error_rule, compare, kept_bytes, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -383,7 +383,7 @@ def test_a_norm_that_runs_plainly_and_fused(device):
 
 
 @by_model
-def test_the_whole_network_runs_in_its_blocks(name, plans):
+def test_the_whole_network_runs_in_its_blocks(name, specs):
     """Every transition and the head; the stem is an operator of its own."""
     model, x = convert(build(name)), images(name)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -391,8 +391,8 @@ def test_the_whole_network_runs_in_its_blocks(name, plans):
     called = [event.name for event in profile.events()]
     assert called.count("aten::batch_norm") == 0
     assert called.count("efficient_densenet::bn_relu_max_pool") == 1
-    assert [plan.pool for plan in plans] == [Pool.WINDOWS, Pool.WINDOWS, Pool.IMAGES]
-    assert [plan.entry is not None for plan in plans] == [False, True, True]
+    assert [spec.pool for spec in specs] == [Pool.WINDOWS, Pool.WINDOWS, Pool.IMAGES]
+    assert [spec.projected_channels > 0 for spec in specs] == [False, True, True]
     assert_same({"y": revert(model)(x)}, {"y": y})
 
 
@@ -411,13 +411,13 @@ LISTENED = {
 @pytest.mark.parametrize(
     "name, module", [(name, module) for name, modules in LISTENED.items() for module in modules]
 )
-def test_hooks_around_the_head(name, module, plans):
+def test_hooks_around_the_head(name, module, specs):
     model, plain, x, seen = convert(build(name)), build(name), images(name), []
     for each in (model, plain):
         listen(each.get_submodule(module), seen)
     assert_same(train(model, x, 1), train(plain, x, 1))
     assert_same({"seen": seen[0]}, {"seen": seen[1]})
-    assert plans[-1].pool != Pool.IMAGES
+    assert specs[-1].pool != Pool.IMAGES
 
 
 def own_forward(model):
@@ -466,13 +466,13 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_other_heads(head, plans):
+def test_other_heads(head, specs):
     name, change, averages = HEADS[head]
     model, x = build(name), images(name)
     change(model)
     expected = model.eval()(x)
     assert_same({"y": convert(model)(x)}, {"y": expected})
-    assert (plans[-1].pool == Pool.IMAGES) == averages
+    assert (specs[-1].pool == Pool.IMAGES) == averages
     assert_same({"y": revert(model)(x)}, {"y": expected}, limit=0)
 
 
@@ -546,7 +546,7 @@ def test_not_in_place():
 
 def test_copies_and_pickles():
     model, x = convert(build("torchvision")), images("torchvision")
-    model(x)  # has plans
+    model(x)  # has specs
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

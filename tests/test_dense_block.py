@@ -33,8 +33,9 @@ from block_reference import (
     run,
     shift_to_a_gap,
 )
-from efficient_densenet import BatchNorm, DenseBlock, dense_block
-from efficient_densenet.dense_block import Plan, Pool
+from efficient_densenet import BatchNorm, DenseBlock, dense_block, dense_block_formulas
+from efficient_densenet.block_spec import Pool
+from efficient_densenet.dense_block import describe, run_dense_block
 from reference import (
     DTYPES,
     FORMATS,
@@ -147,7 +148,7 @@ def plain_reader(x, layers, norm, pool):
 
 
 def fused_reader(x, layers, norm, pool):
-    return Plan(x, layers, reader=norm, pool=pool).run(x)
+    return run_dense_block(*describe(x, layers, reader=norm, pool=pool), x)
 
 
 def read(operator, problem, norm, pool):
@@ -212,7 +213,7 @@ def test_averages_of_large_images(device, dtype, shape, all_threads):
 
 
 def entered(x, layers, drop_rate=0.0, recompute="bottleneck", entry=None):
-    return Plan(x, layers, drop_rate, recompute, entry=entry).run(x)
+    return run_dense_block(*describe(x, layers, drop_rate, recompute, projection=entry), x)
 
 
 PRODUCTS = pytest.mark.parametrize("products", [True, False], ids=["products", "convolutions"])
@@ -222,8 +223,8 @@ PRODUCTS = pytest.mark.parametrize("products", [True, False], ids=["products", "
 def as_products(products, monkeypatch):
     """Where torch's settings ask for it, a convolution in front is not a matrix product."""
     if not products:
-        module = sys.modules["efficient_densenet.dense_block"]
-        monkeypatch.setattr(module, "settings", lambda *args: (False, False))
+        settings = lambda *args: (False, False)  # noqa: E731
+        monkeypatch.setattr(dense_block_formulas, "precision_settings", settings)
 
 
 @PRODUCTS
@@ -304,11 +305,11 @@ def test_an_entry_changed_before_backward(device, changed):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(entry=lambda t: t[:, :4]), r"entry: expected shape \[7, 5, 1, 1\], got .*4"),
-        (dict(entry=lambda t: t.repeat(1, 1, 3, 3)), "entry: expected shape"),
-        (dict(entry=torch.Tensor.double), "entry: expected torch.float32"),
-        (dict(entry=lambda t: t.to("meta")), "entry: expected device"),
-        (dict(drop_rate=0.2), "entry: expected None with dropout, got drop_rate 0.2"),
+        (dict(entry=lambda t: t[:, :4]), r"projection: expected shape \[7, 5, 1, 1\], got .*4"),
+        (dict(entry=lambda t: t.repeat(1, 1, 3, 3)), "projection: expected shape"),
+        (dict(entry=torch.Tensor.double), "projection: expected torch.float32"),
+        (dict(entry=lambda t: t.to("meta")), "projection: expected device"),
+        (dict(drop_rate=0.2), "projection: expected None with dropout, got drop_rate 0.2"),
     ],
 )
 def test_wrong_entries(device, options, message):
@@ -392,7 +393,9 @@ def test_opcheck(device, norms, recompute):
     with Recorded() as recorded:
         dense_block(p.x, p.layers, 0.2, recompute).sum().backward()
     names = [func.__name__ for func, _ in recorded.calls]
-    expected = ["dense_block", "update_running_statistics", "dense_block_backward"]
+    expected = [
+        "dense_block_layers", "update_running_statistics", "dense_block_layers_backward"
+    ]  # fmt: skip
     assert [name.removesuffix(".default") for name in names] == expected
     for func, args in recorded.calls:
         torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import nn
 
-from efficient_densenet import DenseBlock, DenseNet, SharedStorage
+from efficient_densenet import DenseBlock, DenseNet, SharedStorage, runner
 from efficient_densenet import densenet as densenet_module
 from reference import kept_bytes, relative_error, requires_cuda
 
@@ -171,10 +171,16 @@ def test_same_evaluation(device):
     x = images(device)
     with torch.no_grad():
         torch.testing.assert_close(efficient.eval()(x), plain.eval()(x))
-        assert all(block.storage.nbytes == 0 for block in blocks(efficient.apply(clear)))
+        assert all(block.settings().storage.nbytes == 0 for block in blocks(efficient.apply(clear)))
     (y, gradients), (y_efficient, gradients_efficient) = step(plain, x), step(efficient, x)
     torch.testing.assert_close(y_efficient, y)
     torch.testing.assert_close(gradients_efficient, gradients)
+
+
+def input_of(block, x):
+    """With the channels that a block reads."""
+    channels = next(block.children()).conv1.in_channels
+    return x[:, :1].expand(-1, channels, *x.shape[2:])
 
 
 def blocks(model):
@@ -183,7 +189,7 @@ def blocks(model):
 
 def clear(module):
     if isinstance(module, DenseBlock):
-        module.storage.clear()
+        module.settings().storage.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -261,7 +267,8 @@ def calls(model, x):
     names = [event.name for event in profile.events()]
     return {
         name: names.count(f"efficient_densenet::{name}")
-        for name in ("dense_block", "dense_block_backward", "update_running_statistics")
+        for name in ("dense_block_layers", "dense_block_layers_backward")
+        + ("update_running_statistics",)
         + ("concat_bn_relu", "bn_relu_max_pool")
     }
 
@@ -269,8 +276,8 @@ def calls(model, x):
 def test_one_call_per_block(device):
     _, efficient = pair(device)
     assert calls(efficient, images(device)) == {
-        "dense_block": 3,
-        "dense_block_backward": 3,
+        "dense_block_layers": 3,
+        "dense_block_layers_backward": 3,
         "update_running_statistics": 3,
         "concat_bn_relu": 0,
         "bn_relu_max_pool": 0,
@@ -380,14 +387,13 @@ def test_changes_between_steps(device, variant):
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_plans_are_made_once(device, hooked, monkeypatch):
+def test_blocks_are_lowered_once(device, hooked, monkeypatch):
     """Also where a hook on a reader makes the block run alone."""
     _, efficient = pair(device)
     if hooked:
         efficient.features.transition1.register_forward_hook(lambda module, x, y: None)
-    made = []
-    new_plan = DenseBlock._new_plan
-    monkeypatch.setattr(DenseBlock, "_new_plan", lambda *args: made.append(args) or new_plan(*args))
+    made, lower = [], runner.lower
+    monkeypatch.setattr(runner, "lower", lambda *args: made.append(args) or lower(*args))
     for _ in range(3):
         step(efficient, images(device))
     assert len(made) == 3 + hooked
@@ -483,8 +489,7 @@ def widen_layer(model):
 # What keeps a block from running as one operator, and why_not_fused says so.
 FALLBACKS = {
     "norm1 is Other": replace_norm1,
-    "norm is SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
-    "relu is LeakyReLU": replace_relu,
+    "activation is LeakyReLU": replace_relu,
     "convolution has hooks": on_second_layer(prune),
     "convolution is ParametrizedConv2d": on_second_layer(parametrise),
     "convolution has a forward of its own": on_second_layer(call_twice),
@@ -505,9 +510,9 @@ FALLBACKS = {
 def test_falls_back_to_layers(device, why):
     plain, efficient = pair(device)
     x = images(device)
-    assert blocks(efficient)[0].why_not_fused(x) is None
+    assert blocks(efficient)[0].why_not_fused(input_of(blocks(efficient)[0], x)) is None
     changed = [FALLBACKS[why](model) or model for model in (plain, efficient)]
-    reasons = [block.why_not_fused(x) for block in blocks(changed[1])]
+    reasons = [block.why_not_fused(input_of(block, x)) for block in blocks(changed[1])]
     assert any(why.removeprefix("norm1 ") in (reason or "") for reason in reasons)
     assert_same_training(*changed, device=device)
 
@@ -577,13 +582,13 @@ TRANSITIONS = {
 }
 
 
-def entries(plans):
-    return sum(plan.entry is not None for plan in plans)
+def entries(specs):
+    return sum(spec.projected_channels > 0 for spec in specs)
 
 
 @pytest.mark.parametrize("drop_rate", [0, 0.3])
 @pytest.mark.parametrize("change", TRANSITIONS)
-def test_transitions_convolve_into_the_next_block(device, change, drop_rate, plans):
+def test_transitions_convolve_into_the_next_block(device, change, drop_rate, specs):
     change, expected = TRANSITIONS[change]
     models = pair(device, drop_rate=drop_rate)
     for model in models:
@@ -591,9 +596,9 @@ def test_transitions_convolve_into_the_next_block(device, change, drop_rate, pla
         change(model)
     assert_same_training(*models, steps=1, device=device)
     # Masks depend on the format of what the convolution makes.
-    assert entries(plans) == (0 if drop_rate else expected)
+    assert entries(specs) == (0 if drop_rate else expected)
     assert_same_training(*(model.eval() for model in models), steps=1, device=device)
-    assert entries(plans) == expected * (1 if drop_rate else 2)
+    assert entries(specs) == expected * (1 if drop_rate else 2)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -602,13 +607,13 @@ def test_the_head_averages_in_the_last_block(device, hooked):
     if hooked:
         listen(model.features.norm_final)
     x = images(device, torch.float32)
-    plans = [model(x), model.forward_features(x)]  # each use of the block has a plan of its own
+    specs = [model(x), model.forward_features(x)]  # each use of the block has a plan of its own
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         y = model(x)
     names = {event.name for event in profile.events()}
     assert hooked == bool(names & {"aten::adaptive_avg_pool2d", "aten::relu"})
-    torch.testing.assert_close(y, plans[0])
-    torch.testing.assert_close(y, model.classifier(plans[1].mean((2, 3))))
+    torch.testing.assert_close(y, specs[0])
+    torch.testing.assert_close(y, model.classifier(specs[1].mean((2, 3))))
 
 
 STEMS = {
@@ -664,9 +669,9 @@ def test_global_hooks_are_called(device):
 
 def test_copies(device):
     _, efficient = pair(device)
-    replace_relu(efficient.features.denseblock1)  # has a storage, the other blocks have plans
+    replace_relu(efficient.features.denseblock1)  # has a storage, the other blocks have specs
     step(efficient, images(device))
-    assert blocks(efficient)[0].storage.nbytes > 0
+    assert blocks(efficient)[0].settings().storage.nbytes > 0
     buffer = io.BytesIO()
     torch.save(efficient, buffer)
     assert buffer.tell() < 2 * sum(t.nbytes for t in efficient.state_dict().values()) + 200_000
@@ -676,8 +681,8 @@ def test_copies(device):
     x = images(device)
     y, gradients = step(efficient, x)
     for other in (copied, loaded):
-        assert blocks(other)[0].storage.nbytes == 0
-        assert isinstance(blocks(other)[0].storage, SharedStorage)
+        assert blocks(other)[0].settings().storage.nbytes == 0
+        assert isinstance(blocks(other)[0].settings().storage, SharedStorage)
         y_other, other_gradients = step(other, x)
         torch.testing.assert_close(y_other, y)
         torch.testing.assert_close(other_gradients, gradients)
@@ -769,7 +774,7 @@ def test_one_call_per_block_in_all_dimensions(device, spatial_dims):
     _, efficient = pair(device, spatial_dims=spatial_dims)
     x = torch.randn(2, 3, *[8] * spatial_dims, dtype=torch.float64, device=device)
     found = calls(efficient, x)
-    assert found["dense_block"] == 3 and found["concat_bn_relu"] == 0
+    assert found["dense_block_layers"] == 3 and found["concat_bn_relu"] == 0
 
 
 def test_no_bottleneck():

@@ -8,10 +8,10 @@ import timm.models.densenet
 import torch
 
 import efficient_densenet
-from efficient_densenet.dense_block import Plan
+from efficient_densenet import runner
 
 counts = {"converted": 0, "fused": 0}
-create, run = timm.models.densenet._create_densenet, Plan.run
+create, run = timm.models.densenet._create_densenet, runner.run_dense_block
 
 
 def create_converted(*arguments, **options):
@@ -28,7 +28,7 @@ def counted_run(*arguments):
 
 
 timm.models.densenet._create_densenet = create_converted
-Plan.run = counted_run
+runner.run_dense_block = counted_run
 
 
 # They want two ways through a network, fused and module by module, to agree closer than float32
