@@ -142,8 +142,33 @@ class _ConvertedBlock(_Converted, Block):
         return "library" if what == "plain modules" else what
 
 
-# The features whose next result is asked for averaged over each image, after a ReLU.
-_averaged: ContextVar[nn.Module | None] = ContextVar("averaged", default=None)
+class _Request:
+    """Asks features for their next result averaged over each image, after a ReLU.
+
+    Threads may share a model, so this is a variable of the context. A compiler cannot set one, and
+    writes to the module instead.
+    """
+
+    _asked: ContextVar[nn.Module | None] = ContextVar("asked", default=None)
+
+    @classmethod
+    def ask(cls, features: Any) -> None:
+        if torch.compiler.is_compiling():
+            features._is_asked = True
+        else:
+            cls._asked.set(features)
+
+    @classmethod
+    def take(cls, features: Any) -> bool:
+        """Whether these features were asked; they are no longer."""
+        if torch.compiler.is_compiling():
+            asked = features._is_asked
+            features._is_asked = False
+            return bool(asked)
+        asked = cls._asked.get() is features
+        if asked:
+            cls._asked.set(None)
+        return asked
 
 
 class _ConvertedModel(_Converted):
@@ -159,11 +184,11 @@ class _ConvertedModel(_Converted):
     def forward(self, x: Tensor) -> Tensor:
         if records(x) or not self._averages():
             return self.run_plain(x)
-        token = _averaged.set(self.features)
+        _Request.ask(self.features)
         try:
             return self.run_plain(x)
-        finally:
-            _averaged.reset(token)
+        finally:  # where its code failed before it came to the features
+            _Request.take(self.features)
 
     def _averages(self) -> bool:
         """Whether it would, and nobody listens."""
@@ -192,15 +217,14 @@ class _TriedHead:
 class _ConvertedSequential(_Converted):
     """Runs a block and who reads it as one, and so the stem's norm, ReLU and pool."""
 
+    _is_asked = False
+
     def forward(self, x: Tensor) -> Tensor:
         if records(x):
             _warn_of_recording()
         if records(x) or not isinstance(x, Tensor):
             return self.run_plain(x)
-        ending = Ending.NOTHING
-        if _averaged.get() is self:
-            _averaged.set(None)  # this once
-            ending = Ending.AVERAGE
+        ending = Ending.AVERAGE if _Request.take(self) else Ending.NOTHING
         modules = list(self.children())
         y, _ = run_sequence(modules, x, ending)
         # Behind a model's features, an activation may work in place.

@@ -226,7 +226,7 @@ def run_block(block: Block, x: Tensor) -> Tensor:
             raise lowered.error(lowered.why)
         return block.run_refused(x, block.layer_parts())
     result = run_dense_block(lowered, tensors, x, block.settings().name)
-    if _draws_in_order_of_memory(lowered):
+    if _draws_in_order_of_memory(lowered) and not torch.compiler.is_compiling():
         result = in_format(result, _is_plainly_channels_last(block, x))
     # A hook gets the result, and may write to it.
     return result.clone() if block._forward_hooks else result
@@ -283,7 +283,10 @@ def run_sequence(
     Returns:
         The result, and whether the ending is in it.
     """
-    restores = any(isinstance(module, Block) and _drops_elements(module) for module in modules)
+    # A compiler's masks need not be those of eager mode.
+    restores = not torch.compiler.is_compiling() and any(
+        isinstance(module, Block) and _drops_elements(module) for module in modules
+    )
     position, projection, channels_last = 0, None, False
     while position < len(modules) or projection is not None:
         lowered, tensors, reader = None, None, None
@@ -368,7 +371,9 @@ def _run_unfused(
     if fuses and consumers and _is_stem(module, relus, x):
         relu = relus[0] if relus else None
         return _run_stem(module, relu, consumers[0], x), position + 2 + len(relus)
-    return module(x), position + 1
+    x = module(x)
+    writes = isinstance(module, Block) and following and getattr(following[0], "inplace", False)
+    return (x.clone() if writes else x), position + 1
 
 
 def _why_not_pooling_first(transition: Reader, x: Tensor) -> str | None:

@@ -27,9 +27,9 @@ from efficient_densenet import (
     bn_relu_max_pool,
     concat_bn_relu,
     convert,
-    densenet,
     explain,
     revert,
+    runner,
 )
 from efficient_densenet.block_spec import Pool
 from reference import DTYPES, assert_error_rule, compare, kept_bytes, relative_error
@@ -227,7 +227,7 @@ def test_the_stem_is_one_operator(name, hooked, monkeypatch):
     model, x = convert(build(name)), images(name)
     stems = []
     monkeypatch.setattr(
-        densenet, "bn_relu_max_pool", lambda *args: stems.append(0) or bn_relu_max_pool(*args)
+        runner, "bn_relu_max_pool", lambda *args: stems.append(0) or bn_relu_max_pool(*args)
     )
     if hooked:
         model.get_submodule("features.pool0").register_forward_hook(lambda module, x, y: None)
@@ -386,6 +386,7 @@ def test_a_norm_that_runs_plainly_and_fused(device):
 def test_the_whole_network_runs_in_its_blocks(name, specs):
     """Every transition and the head; the stem is an operator of its own."""
     model, x = convert(build(name)), images(name)
+    specs.clear()  # of what convert has tried out
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         y = model(x)
     called = [event.name for event in profile.events()]
@@ -656,7 +657,9 @@ def test_a_changed_layer_runs_as_it_did(why, when):
         CHANGES[why](model.features.denseblock2.denselayer1)
         plain = None
     paths = blocks_of(model)
-    assert paths["features.denseblock2"].startswith("library: ")
+    # Whatever a convolution is, a known norm in front of it runs in linear memory.
+    instead = "layer by layer: " if why == "groups or a bias" else "library: "
+    assert paths["features.denseblock2"].startswith(instead)
     if why != "prune":
         assert why in paths["features.denseblock2"]
     others = [path for name, path in paths.items() if name != "features.denseblock2"]
@@ -766,7 +769,7 @@ def test_tracing_and_scripting_see_the_library(device):
     blocks = [module for module in model.modules()]
     assert_same({"y": torch.jit.script(model)(x)}, {"y": expected})
     assert all(a is b for a, b in zip(model.modules(), blocks, strict=True))
-    assert blocks_of(model, device)["features.denseblock1"] == "library: not converted"
+    assert blocks_of(model, device)["features.denseblock1"].startswith("library: not")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -825,5 +828,5 @@ def test_explain_our_own():
     assert [report.name for report in reports] == ["features.denseblock1", "features.denseblock2"]
     assert all(report.kept_bytes < report.plain_bytes for report in reports)
     plain = explain(DenseNet(4, (2, 2)), torch.randn(2, 3, 16, 16))
-    assert {report.path for report in plain} == {"layer by layer: efficient=False"}
+    assert {report.path for report in plain} == {"plain modules: efficient=False"}
     assert efficient_densenet.explain is explain
