@@ -70,7 +70,7 @@ def bn_relu_max_pool(x: Tensor, norm: BatchNorm) -> Tensor:
         y, mean, var, _ = _ops.functional_bn_relu_max_pool(*inputs)
         mean, var = mean.detach(), var.detach()
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        y, mean, var, _ = _BNReLUMaxPool.apply(dtype, *inputs)
+        y, mean, var = _BNReLUMaxPool.apply(dtype, *inputs)
     else:
         with torch.no_grad():
             y, mean, var, _ = _forward(False, x.to(dtype), *inputs[1:])
@@ -158,10 +158,7 @@ def _cast_needed(
 
 
 class _BNReLUMaxPool(torch.autograd.Function):
-    """Saves x, weight, bias, mean, var and a byte per element of the result.
-
-    Its last result is empty: see :func:`refuse_second_derivatives`.
-    """
+    """Saves x, weight, bias, mean, var and a byte per element of the result."""
 
     @staticmethod
     def forward(
@@ -176,25 +173,24 @@ class _BNReLUMaxPool(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         inputs = weight, bias, running_mean, running_var, eps
         y, mean, var, winners = _forward(True, x.to(dtype), *inputs)
-        token = y.new_empty(0)
         ctx.eps, ctx.training = eps, running_mean is None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(winners, x, weight, bias, mean, var, token)
-        return y, mean, var, token
+        ctx.save_for_backward(winners, x, weight, bias, mean, var)
+        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
-        with backward_pass("bn_relu_max_pool"):
-            winners, *inputs, mean, var, token = ctx.saved_tensors
+        with backward_pass("bn_relu_max_pool", grad_y):
+            winners, *inputs, mean, var = ctx.saved_tensors
             x, weight, bias = inputs
             gradients = _backward(
                 grad_y, winners, x, weight, bias, mean, var, ctx.eps, ctx.training
             )
             cast = _cast_needed(gradients, inputs, ctx.needs_input_grad[1:4])
-        refusing = refuse_second_derivatives("bn_relu_max_pool", cast, token, grad_y)
+        refusing = refuse_second_derivatives("bn_relu_max_pool", cast, *inputs, grad_y)
         return (None, *refusing, None, None, None)
 
 

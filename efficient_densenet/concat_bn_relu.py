@@ -112,7 +112,7 @@ def concat_bn_relu(
     # Where nothing here needs a gradient, the consumer's weight may, and then the result has to be
     # recomputed: an input that does need one makes autograd keep what that takes.
     anchor = None if differentiable else torch.empty(0, requires_grad=True)
-    result, _ = _ConcatBNReLU.apply(settings, norm, anchor, weight, bias, *features)
+    result = _ConcatBNReLU.apply(settings, norm, anchor, weight, bias, *features)
     y = result if differentiable else result.detach()
     set_origin(y, result)
     return y
@@ -132,10 +132,7 @@ class _Forward(NamedTuple):
 
 
 class _ConcatBNReLU(torch.autograd.Function):
-    """Saves features, weight, bias, mean and var: nothing of the size of the result.
-
-    Its second result is empty: see :func:`refuse_second_derivatives`.
-    """
+    """Saves features, weight, bias, mean and var: nothing of the size of the result."""
 
     @staticmethod
     def forward(
@@ -146,20 +143,19 @@ class _ConcatBNReLU(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         *features: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         y, (mean, var, rows) = _forward(settings, norm, features)
-        token = y.new_empty(0)
         ctx.settings, ctx.rows = settings, rows
         ctx.sizes, ctx.strides = y.size(), y.stride()
         ctx.unpacked = None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(token, mean, var, weight, bias, *features)
-        return y, token
+        ctx.save_for_backward(mean, var, weight, bias, *features)
+        return y
 
     @staticmethod
     def recompute(ctx: Any, shares_memory: bool) -> Tensor:
         """The result again, for a consumer whose backward pass runs before that of this node."""
-        _, mean, var, weight, bias, *features = _unpack(ctx)
+        mean, var, weight, bias, *features = _unpack(ctx)
         settings: _Settings = ctx.settings
         if not shares_memory:
             settings = settings._replace(storage=None)
@@ -171,14 +167,14 @@ class _ConcatBNReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
-        with backward_pass("concat_bn_relu"):
-            token, *saved = _unpack(ctx)
+        with backward_pass("concat_bn_relu", grad_y):
+            saved = _unpack(ctx)
             ctx.unpacked = None
             gradients = _backward(ctx, grad_y, saved)
-        refusing = refuse_second_derivatives("concat_bn_relu", gradients, token, grad_y)
+        refusing = refuse_second_derivatives("concat_bn_relu", gradients, *saved, grad_y)
         return (None, None, None, *refusing)
 
 
