@@ -21,6 +21,7 @@ from .arguments import check_pooling_arguments
 from .batch_norm import (
     BatchNorm,
     as_parameter,
+    norm_without_subclasses,
     parameter_dtype,
     update_running_statistics,
 )
@@ -31,6 +32,7 @@ from .differentiation import (
     refuse_second_derivatives,
 )
 from .layout import dense_strides, is_channels_last
+from .subclasses import without_subclass
 
 _ops = torch.ops.efficient_densenet
 
@@ -60,20 +62,23 @@ def bn_relu_max_pool(x: Tensor, norm: BatchNorm) -> Tensor:
         result: Tensor = handle_torch_function(bn_relu_max_pool, tensors, x, norm)
         return result
     dtype = check_pooling_arguments(x, norm)
+    return _run(without_subclass(x), norm_without_subclasses(norm), dtype)
+
+
+def _run(x: Tensor, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
     differentiable = x, norm.weight, norm.bias
     check_transforms("bn_relu_max_pool", *differentiable)
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-    inputs = *differentiable, *running, float(norm.eps)
+    others = norm.weight, norm.bias, *running, float(norm.eps)
     y: Tensor
     if torch.compiler.is_compiling():
-        inputs = x.to(dtype), *inputs[1:]
-        y, mean, var, _ = _ops.functional_bn_relu_max_pool(*inputs)
+        y, mean, var, _ = _ops.functional_bn_relu_max_pool(x.to(dtype), *others)
         mean, var = mean.detach(), var.detach()
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        y, mean, var = _BNReLUMaxPool.apply(dtype, *inputs)
+        y, mean, var = _BNReLUMaxPool.apply(dtype, x, *others)
     else:
         with torch.no_grad():
-            y, mean, var, _ = _forward(False, x.to(dtype), *inputs[1:])
+            y, mean, var, _ = _forward(False, x.to(dtype), *others)
     if norm.training:  # last, so that an error leaves them as they were
         update_running_statistics([(0, norm)], mean, var, x.size(0) * math.prod(x.shape[2:]))
     return y

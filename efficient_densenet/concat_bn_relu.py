@@ -19,6 +19,7 @@ from .arguments import check_arguments
 from .batch_norm import (
     BatchNorm,
     as_parameter,
+    norm_without_subclasses,
     parameter_dtype,
     update_running_statistics,
 )
@@ -26,6 +27,7 @@ from .differentiation import backward_pass, check_transforms, refuse_second_deri
 from .layout import dense_strides, is_channels_last
 from .recomputation import recompute_in_backward, set_origin
 from .storage import SharedStorage
+from .subclasses import without_subclass
 from .sync_batch_norm import (
     Statistics,
     correct_gradients,
@@ -103,6 +105,9 @@ def concat_bn_relu(
         return result
     norm = BatchNorm(*given, training, momentum, eps)
     dtype = check_arguments(features, norm, storage, is_synchronised(norm, process_group))
+    norm = norm_without_subclasses(norm)
+    features = [without_subclass(feature) for feature in features]
+    weight, bias = norm.weight, norm.bias
     check_transforms("concat_bn_relu", weight, bias, *features)
     settings = _Settings(dtype, training, float(eps), storage, process_group)
     if not torch.is_grad_enabled():
