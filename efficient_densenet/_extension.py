@@ -79,8 +79,8 @@ for _name in (
     "bn_relu_conv3x3_backward",
     "bn_relu_max_pool",
     "concat_bn_relu",
-    "dense_block",
-    "dense_block_backward",
+    "dense_block_layers",
+    "dense_block_layers_backward",
     "update_running_statistics",
 ):
     torch.library.register_fake(f"{__package__}::{_name}", lambda *arguments: None)

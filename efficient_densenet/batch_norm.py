@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,13 +55,9 @@ def update_running_statistics(
         mean, var: float64 statistics of the batch, of all channels; var is biased.
         rows: values per channel. An empty batch is counted and moves nothing else.
     """
-    if rows == 0:
-        for _, norm in norms:
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-        return
     begins: list[int] = []
     momenta: list[float] = []
+    cumulative: list[bool] = []
     running_mean: list[Tensor] = []
     running_var: list[Tensor] = []
     counts: list[Tensor] = []
@@ -72,13 +67,14 @@ def update_running_statistics(
         if not norm.training or all(tensor is None for tensor in tracked):
             continue
         begins.append(begin)
-        momenta.append(math.nan if norm.momentum is None else float(norm.momentum))
+        momenta.append(0.0 if norm.momentum is None else float(norm.momentum))
+        cumulative.append(norm.momentum is None)
         running_mean.append(copies.contiguous(norm.running_mean, mean))
         running_var.append(copies.contiguous(norm.running_var, var))
         counts.append(copies.contiguous(norm.num_batches_tracked, mean, torch.int64))
     if begins:
         torch.ops.efficient_densenet.update_running_statistics(
-            mean, var, rows, begins, running_mean, running_var, counts, momenta
+            mean, var, rows, begins, running_mean, running_var, counts, momenta, cumulative
         )
         copies.write_back()
 
