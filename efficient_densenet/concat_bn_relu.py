@@ -31,7 +31,7 @@ from .subclasses import without_subclass
 from .sync_batch_norm import (
     Statistics,
     correct_gradients,
-    is_synchronised,
+    group_to_synchronise,
     local_statistics,
     synchronise_statistics,
 )
@@ -104,12 +104,13 @@ def concat_bn_relu(
         )  # fmt: skip
         return result
     norm = BatchNorm(*given, training, momentum, eps)
-    dtype = check_arguments(features, norm, storage, is_synchronised(norm, process_group))
+    group = group_to_synchronise(norm, process_group)
+    dtype = check_arguments(features, norm, storage, group is not None)
     norm = norm_without_subclasses(norm)
     features = [without_subclass(feature) for feature in features]
     weight, bias = norm.weight, norm.bias
     check_transforms("concat_bn_relu", weight, bias, *features)
-    settings = _Settings(dtype, training, float(eps), storage, process_group)
+    settings = _Settings(dtype, training, float(eps), storage, group)
     if not torch.is_grad_enabled():
         # Nothing needs the storage, and threads may share a module that only predicts.
         return _forward(settings._replace(storage=None), norm, features).y
@@ -128,7 +129,7 @@ class _Settings(NamedTuple):
     training: bool
     eps: float
     storage: SharedStorage | None
-    process_group: ProcessGroup | None
+    group: ProcessGroup | None  # whose statistics are used
 
 
 class _Forward(NamedTuple):
@@ -233,9 +234,8 @@ def _statistics(
         mean, var = (x.to(torch.float64, copy=True) for x in (norm.running_mean, norm.running_var))
         return Statistics(mean, var, 0)
     statistics = local_statistics(features, sizes)
-    if is_synchronised(norm, settings.process_group):
-        assert settings.process_group is not None
-        statistics = synchronise_statistics(statistics, settings.process_group)
+    if settings.group is not None:
+        statistics = synchronise_statistics(statistics, settings.group)
     mean, var, rows = statistics
     if rows > 0 and mean.numel() > 0:  # else as F.batch_norm, which leaves them alone
         update_running_statistics([(0, norm)], mean, var, rows)
@@ -278,7 +278,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Gradients of weight, of bias, and of ``features[i] for i in needed``."""
     settings: _Settings = ctx.settings
-    group = settings.process_group if settings.training else None
+    group = settings.group
     mean, var, weight, bias, *features = saved
     # The correction of synchronised statistics is a second pass, before which nothing is rounded.
     dtype = settings.dtype if group is None else parameter_dtype(settings.dtype)
