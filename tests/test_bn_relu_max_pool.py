@@ -507,6 +507,8 @@ def test_compiled_one_value_per_channel():
 @pytest.mark.parametrize("memory_format", FORMATS[:3])
 @pytest.mark.parametrize("batch", [3, 0])
 def test_opcheck_of_functional_operators(device, batch, memory_format, affine, training):
+    if batch == 0 and memory_format == "strided":
+        pytest.skip("opcheck cannot copy such an input")
     ops = torch.ops.efficient_densenet
     x, norm, grad_y = make_problem(
         (batch, 4, 5, 6), torch.float32, device, None, memory_format, affine=affine
