@@ -29,17 +29,8 @@ def _has_tangent(tensor: Tensor | None) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def backward_pass(operator: str, *gradients: Tensor | None) -> Iterator[None]:
-    """For what the backward pass of an autograd function computes.
-
-    Autograd records nothing of it, and subclasses of Tensor among what was saved are read as plain
-    tensors, as torch's own backward passes do.
-
-    Args:
-        operator: for messages.
-        gradients: those that come in.
-    """
+def check_gradients(operator: str, *gradients: Tensor | None) -> None:
+    """Raises RuntimeError for several gradients at once, as a backward pass gets them."""
     is_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd's own, without torch.func
     if torch._C._are_functorch_transforms_active() or any(
         gradient is not None and is_batched(gradient) for gradient in gradients
@@ -48,6 +39,16 @@ def backward_pass(operator: str, *gradients: Tensor | None) -> Iterator[None]:
             f"{operator}: gradients cannot be batched (is_grads_batched=True, vectorize=True, "
             f"vmap); {_INSTEAD}"
         )
+
+
+@contextmanager
+def backward_pass(operator: str, *gradients: Tensor | None) -> Iterator[None]:
+    """For what the backward pass of an autograd function computes, with the gradients that come in.
+
+    Autograd records nothing of it, and subclasses of Tensor among what was saved are read as plain
+    tensors, as torch's own backward passes do.
+    """
+    check_gradients(operator, *gradients)
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         yield
 

@@ -515,7 +515,7 @@ def test_opcheck_of_functional_operators(device, batch, memory_format, affine, t
     )
     parameters = [t if t is None else t.requires_grad_() for t in (norm.weight, norm.bias)]
     running = (None, None) if training else (norm.running_mean, norm.running_var)
-    inputs = (x.detach().requires_grad_(), *parameters, *running, 1e-5)
+    inputs = (x.detach().requires_grad_(), *parameters, *running, 1e-5, True)
     torch.library.opcheck(ops.functional_bn_relu_max_pool.default, inputs)
     with torch.no_grad():
         _, mean, var, winners = ops.functional_bn_relu_max_pool(*inputs)

@@ -162,7 +162,7 @@ def test_functional_operators_refuse_too(device):
     x, weight, bias = (t.requires_grad_() for t in inputs(device))
     weight, bias = weight[:3], bias[:3]
     operator = torch.ops.efficient_densenet.functional_bn_relu_max_pool
-    y = operator(x, weight, bias, None, None, 1e-5)[0]
+    y = operator(x, weight, bias, None, None, 1e-5, True)[0]
     (first,) = grad(y.square().sum(), [x], create_graph=True)
     with pytest.raises(RuntimeError, match=TWICE):
         grad(first.sum(), [x])
