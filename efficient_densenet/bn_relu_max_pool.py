@@ -137,10 +137,12 @@ def _backward(
         zeros = mean.new_zeros((2, mean.numel()), dtype=parameter_dtype(x.dtype))
         return grad_x, zeros[0], zeros[1].clone()
     strides = dense_strides(grad_y.shape, is_channels_last(x))
+    grad_y, winners = (_with_strides(t, strides) for t in (grad_y.to(x.dtype), winners))
+    mean, var = mean.contiguous(), var.contiguous()
+    weight, bias = as_parameter(weight, x), as_parameter(bias, x)
     grad_weight, grad_bias = _ops.bn_relu_max_pool_backward(
-        _with_strides(grad_y.to(x.dtype), strides), _with_strides(winners, strides), x,
-        mean.contiguous(), var.contiguous(), as_parameter(weight, x), as_parameter(bias, x), eps, training, grad_x,
-    )  # fmt: skip
+        grad_y, winners, x, mean, var, weight, bias, eps, training, grad_x
+    )
     return grad_x, grad_weight, grad_bias
 
 
