@@ -33,11 +33,11 @@ def check_arguments(
     channels = sum(feature.size(1) for feature in features)
     if norm.momentum is None:
         raise TypeError("momentum: expected a number, got NoneType")
+    if norm.training and not synchronised:
+        check_more_than_one_value(features[0], channels)
     check_norm("", norm, channels, features[0], dtype)
     if storage is not None and not isinstance(storage, SharedStorage):
         raise TypeError(f"storage: expected a SharedStorage or None, got {_type(storage)}")
-    if norm.training and not synchronised:
-        check_more_than_one_value(features[0], channels)
     return dtype
 
 
@@ -133,9 +133,9 @@ def check_pooling_arguments(x: Tensor, norm: BatchNorm) -> torch.dtype:
     if not isinstance(norm, BatchNorm):
         raise TypeError(f"norm: expected a BatchNorm, got {_type(norm)}")
     dtype = computed_dtype(x)
-    check_norm("norm.", norm, x.size(1), x, dtype)
     if norm.training:
         check_more_than_one_value(x, x.size(1))
+    check_norm("norm.", norm, x.size(1), x, dtype)
     if x.shape[1:].numel() == 0:  # the type of the error of torch's max pooling
         raise RuntimeError(f"x: expected channels and pixels, got shape {list(x.shape)}")
     return dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _extension  # noqa: F401  registers the operators
+from .subclasses import without_subclass
 
 
 class BatchNorm(NamedTuple):
@@ -32,6 +33,13 @@ class BatchNorm(NamedTuple):
     momentum: float | None = 0.1
     eps: float = 1e-5
     num_batches_tracked: Tensor | None = None
+
+
+def norm_without_subclasses(norm: BatchNorm) -> BatchNorm:
+    """The same norm of plain tensors: see :func:`without_subclass`."""
+    mean, var, weight, bias = map(without_subclass, norm[:4])
+    count = without_subclass(norm.num_batches_tracked)
+    return BatchNorm(mean, var, weight, bias, norm.training, norm.momentum, norm.eps, count)
 
 
 def update_running_statistics(

@@ -1,9 +1,8 @@
 """``max_pool(relu(batch_norm(x)))`` in one pass that keeps neither of what is between.
 
 The operators ``torch.ops.efficient_densenet.bn_relu_max_pool*`` (csrc/bn_relu_max_pool.cpp) do the
-arithmetic; this module adds arguments' checks, autograd and autocast. A compiler sees two operators
-that mutate nothing, ``functional_bn_relu_max_pool`` and its backward. An eager call has the same
-two functions behind an autograd function, which costs less time per call.
+arithmetic; this module adds arguments' checks, autograd and autocast. Autograd and compilers see
+``functional_bn_relu_max_pool`` and its backward, which mutate nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +20,13 @@ from .arguments import check_pooling_arguments
 from .batch_norm import (
     BatchNorm,
     as_parameter,
+    norm_without_subclasses,
     parameter_dtype,
     update_running_statistics,
 )
-from .differentiation import (
-    backward_pass,
-    check_transforms,
-    raise_second_derivative,
-    refuse_second_derivatives,
-)
+from .differentiation import check_gradients, check_transforms, raise_second_derivative
 from .layout import dense_strides, is_channels_last
+from .subclasses import without_subclass
 
 _ops = torch.ops.efficient_densenet
 
@@ -60,40 +56,44 @@ def bn_relu_max_pool(x: Tensor, norm: BatchNorm) -> Tensor:
         result: Tensor = handle_torch_function(bn_relu_max_pool, tensors, x, norm)
         return result
     dtype = check_pooling_arguments(x, norm)
+    return _run(without_subclass(x), norm_without_subclasses(norm), dtype)
+
+
+def _run(x: Tensor, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
     differentiable = x, norm.weight, norm.bias
     check_transforms("bn_relu_max_pool", *differentiable)
+    needs_grad = any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-    inputs = *differentiable, *running, float(norm.eps)
     y: Tensor
-    if torch.compiler.is_compiling():
-        inputs = x.to(dtype), *inputs[1:]
-        y, mean, var, _ = _ops.functional_bn_relu_max_pool(*inputs)
-        mean, var = mean.detach(), var.detach()
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        y, mean, var, _ = _BNReLUMaxPool.apply(dtype, *inputs)
-    else:
-        with torch.no_grad():
-            y, mean, var, _ = _forward(False, x.to(dtype), *inputs[1:])
+    y, mean, var, _ = _ops.functional_bn_relu_max_pool(
+        x.to(dtype), norm.weight, norm.bias, *running, float(norm.eps),
+        needs_grad and torch.is_grad_enabled(),
+    )  # fmt: skip
     if norm.training:  # last, so that an error leaves them as they were
-        update_running_statistics([(0, norm)], mean, var, x.size(0) * math.prod(x.shape[2:]))
+        rows = x.size(0) * math.prod(x.shape[2:])
+        update_running_statistics([(0, norm)], mean.detach(), var.detach(), rows)
     return y
+
+
+# ------------------------------------------------------------------------------------------------
+# What runs
 
 
 class _Forward(NamedTuple):
     y: Tensor
     mean: Tensor
     var: Tensor
-    winners: Tensor | None  # which place of its window each element of y comes from
+    winners: Tensor  # which place of its window each element of y comes from; empty if not kept
 
 
 def _forward(
-    keeps_winners: bool,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     eps: float,
+    keeps_winners: bool,
 ) -> _Forward:
     """Without running statistics, those of the batch."""
     y, mean, var, winners = _allocate(x, keeps_winners)
@@ -105,7 +105,7 @@ def _forward(
         mean.copy_(running_mean)
         var.copy_(running_var)
     weight, bias = as_parameter(weight, x), as_parameter(bias, x)
-    _ops.bn_relu_max_pool(x, mean, var, weight, bias, eps, y, winners)
+    _ops.bn_relu_max_pool(x, mean, var, weight, bias, eps, y, winners if keeps_winners else None)
     return _Forward(y, mean, var, winners)
 
 
@@ -114,7 +114,9 @@ def _allocate(x: Tensor, keeps_winners: bool) -> _Forward:
     strides = dense_strides(sizes, is_channels_last(x))
     y = x.new_empty_strided(sizes, strides)
     mean, var = (x.new_empty(x.size(1), dtype=torch.float64) for _ in range(2))
-    winners = x.new_empty_strided(sizes, strides, dtype=torch.uint8) if keeps_winners else None
+    if not keeps_winners:
+        return _Forward(y, mean, var, x.new_empty(0, dtype=torch.uint8))
+    winners = x.new_empty_strided(sizes, strides, dtype=torch.uint8)
     return _Forward(y, mean, var, winners)
 
 
@@ -129,17 +131,18 @@ def _backward(
     eps: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (of the dtype of ``grad_y``), weight and bias. Any strides come in."""
-    x = x.to(grad_y.dtype)
+    """Gradients of x, weight and bias. Saved-tensor hooks may have changed all strides."""
     grad_x = torch.empty_like(x)
     if grad_y.numel() == 0:
         zeros = mean.new_zeros((2, mean.numel()), dtype=parameter_dtype(x.dtype))
         return grad_x, zeros[0], zeros[1].clone()
     strides = dense_strides(grad_y.shape, is_channels_last(x))
+    grad_y, winners = (_with_strides(t, strides) for t in (grad_y.to(x.dtype), winners))
+    mean, var = mean.contiguous(), var.contiguous()
+    weight, bias = as_parameter(weight, x), as_parameter(bias, x)
     grad_weight, grad_bias = _ops.bn_relu_max_pool_backward(
-        _with_strides(grad_y, strides), _with_strides(winners, strides), x, mean.contiguous(),
-        var.contiguous(), as_parameter(weight, x), as_parameter(bias, x), eps, training, grad_x,
-    )  # fmt: skip
+        grad_y, winners, x, mean, var, weight, bias, eps, training, grad_x
+    )
     return grad_x, grad_weight, grad_bias
 
 
@@ -149,62 +152,13 @@ def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
-def _cast_needed(
-    gradients: Sequence[Tensor], inputs: Sequence[Tensor], needs_grad: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients in the dtypes of x, weight and bias, where they are needed."""
-    found = zip(gradients, inputs, needs_grad, strict=True)
-    return [gradient.to(x.dtype) if needs else None for gradient, x, needs in found]
-
-
-class _BNReLUMaxPool(torch.autograd.Function):
-    """Saves x, weight, bias, mean, var and a byte per element of the result.
-
-    Its last result is empty: see :func:`refuse_second_derivatives`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        dtype: torch.dtype,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
-        inputs = weight, bias, running_mean, running_var, eps
-        y, mean, var, winners = _forward(True, x.to(dtype), *inputs)
-        token = y.new_empty(0)
-        ctx.eps, ctx.training = eps, running_mean is None
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(winners, x, weight, bias, mean, var, token)
-        return y, mean, var, token
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_y is None:
-            return (None,) * len(ctx.needs_input_grad)
-        with backward_pass("bn_relu_max_pool"):
-            winners, *inputs, mean, var, token = ctx.saved_tensors
-            x, weight, bias = inputs
-            gradients = _backward(
-                grad_y, winners, x, weight, bias, mean, var, ctx.eps, ctx.training
-            )
-            cast = _cast_needed(gradients, inputs, ctx.needs_input_grad[1:4])
-        refusing = refuse_second_derivatives("bn_relu_max_pool", cast, token, grad_y)
-        return (None, *refusing, None, None, None)
-
-
 # ------------------------------------------------------------------------------------------------
-# For compilers
+# What autograd and compilers see
 
 torch.library.define(
     "efficient_densenet::functional_bn_relu_max_pool",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, float eps)"
-    " -> (Tensor y, Tensor mean, Tensor var, Tensor winners)",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
+    "float eps, bool keeps_winners) -> (Tensor y, Tensor mean, Tensor var, Tensor winners)",
 )
 torch.library.define(
     "efficient_densenet::functional_bn_relu_max_pool_backward",
@@ -213,20 +167,14 @@ torch.library.define(
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
 )
 
-
-@torch.library.impl("efficient_densenet::functional_bn_relu_max_pool", ("cpu", "cuda"))
-def _(x: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
-    return _forward(True, x, *inputs)
+_DEVICES = ("cpu", "cuda")
+torch.library.impl("efficient_densenet::functional_bn_relu_max_pool", _DEVICES, _forward)
+torch.library.impl("efficient_densenet::functional_bn_relu_max_pool_backward", _DEVICES, _backward)
 
 
 @torch.library.register_fake("efficient_densenet::functional_bn_relu_max_pool")
-def _(x: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
-    return _allocate(x, keeps_winners=True)
-
-
-@torch.library.impl("efficient_densenet::functional_bn_relu_max_pool_backward", ("cpu", "cuda"))
-def _(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad_y, *inputs)
+def _(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _allocate(x, keeps_winners=inputs[-1])
 
 
 @torch.library.register_fake("efficient_densenet::functional_bn_relu_max_pool_backward")
@@ -238,16 +186,22 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, running_mean, _, ctx.eps = inputs
+    x, weight, bias, running_mean, _, ctx.eps, _ = inputs
     _, mean, var, winners = output
     ctx.training = running_mean is None
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(winners, x, weight, bias, mean, var)
 
 
-def _functional_backward(ctx: Any, grad_y: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_y: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * len(ctx.needs_input_grad)
+    check_gradients("bn_relu_max_pool", grad_y)
     saved = ctx.saved_tensors
     gradients = _ops.functional_bn_relu_max_pool_backward(grad_y, *saved, ctx.eps, ctx.training)
-    return (*_cast_needed(gradients, saved[1:4], ctx.needs_input_grad[:3]), None, None, None)
+    found = zip(gradients, saved[1:4], ctx.needs_input_grad[:3], strict=True)
+    cast = [gradient.to(tensor.dtype) if needs else None for gradient, tensor, needs in found]
+    return (*cast, *[None] * 4)
 
 
 def _refuse(ctx: Any, *gradients: object) -> None:
@@ -256,7 +210,7 @@ def _refuse(ctx: Any, *gradients: object) -> None:
 
 torch.library.register_autograd(
     "efficient_densenet::functional_bn_relu_max_pool",
-    _functional_backward,
+    _differentiate,
     setup_context=_setup_context,
 )
 torch.library.register_autograd("efficient_densenet::functional_bn_relu_max_pool_backward", _refuse)

@@ -19,6 +19,7 @@ from .arguments import check_arguments
 from .batch_norm import (
     BatchNorm,
     as_parameter,
+    norm_without_subclasses,
     parameter_dtype,
     update_running_statistics,
 )
@@ -26,10 +27,11 @@ from .differentiation import backward_pass, check_transforms, refuse_second_deri
 from .layout import dense_strides, is_channels_last
 from .recomputation import recompute_in_backward, set_origin
 from .storage import SharedStorage
+from .subclasses import without_subclass
 from .sync_batch_norm import (
     Statistics,
     correct_gradients,
-    is_synchronised,
+    group_to_synchronise,
     local_statistics,
     synchronise_statistics,
 )
@@ -102,9 +104,13 @@ def concat_bn_relu(
         )  # fmt: skip
         return result
     norm = BatchNorm(*given, training, momentum, eps)
-    dtype = check_arguments(features, norm, storage, is_synchronised(norm, process_group))
+    group = group_to_synchronise(norm, process_group)
+    dtype = check_arguments(features, norm, storage, group is not None)
+    norm = norm_without_subclasses(norm)
+    features = [without_subclass(feature) for feature in features]
+    weight, bias = norm.weight, norm.bias
     check_transforms("concat_bn_relu", weight, bias, *features)
-    settings = _Settings(dtype, training, float(eps), storage, process_group)
+    settings = _Settings(dtype, training, float(eps), storage, group)
     if not torch.is_grad_enabled():
         # Nothing needs the storage, and threads may share a module that only predicts.
         return _forward(settings._replace(storage=None), norm, features).y
@@ -112,7 +118,7 @@ def concat_bn_relu(
     # Where nothing here needs a gradient, the consumer's weight may, and then the result has to be
     # recomputed: an input that does need one makes autograd keep what that takes.
     anchor = None if differentiable else torch.empty(0, requires_grad=True)
-    result, _ = _ConcatBNReLU.apply(settings, norm, anchor, weight, bias, *features)
+    result = _ConcatBNReLU.apply(settings, norm, anchor, weight, bias, *features)
     y = result if differentiable else result.detach()
     set_origin(y, result)
     return y
@@ -123,7 +129,7 @@ class _Settings(NamedTuple):
     training: bool
     eps: float
     storage: SharedStorage | None
-    process_group: ProcessGroup | None
+    group: ProcessGroup | None  # whose statistics are used
 
 
 class _Forward(NamedTuple):
@@ -132,10 +138,7 @@ class _Forward(NamedTuple):
 
 
 class _ConcatBNReLU(torch.autograd.Function):
-    """Saves features, weight, bias, mean and var: nothing of the size of the result.
-
-    Its second result is empty: see :func:`refuse_second_derivatives`.
-    """
+    """Saves features, weight, bias, mean and var: nothing of the size of the result."""
 
     @staticmethod
     def forward(
@@ -146,20 +149,19 @@ class _ConcatBNReLU(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         *features: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         y, (mean, var, rows) = _forward(settings, norm, features)
-        token = y.new_empty(0)
         ctx.settings, ctx.rows = settings, rows
         ctx.sizes, ctx.strides = y.size(), y.stride()
         ctx.unpacked = None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(token, mean, var, weight, bias, *features)
-        return y, token
+        ctx.save_for_backward(mean, var, weight, bias, *features)
+        return y
 
     @staticmethod
     def recompute(ctx: Any, shares_memory: bool) -> Tensor:
         """The result again, for a consumer whose backward pass runs before that of this node."""
-        _, mean, var, weight, bias, *features = _unpack(ctx)
+        mean, var, weight, bias, *features = _unpack(ctx)
         settings: _Settings = ctx.settings
         if not shares_memory:
             settings = settings._replace(storage=None)
@@ -171,14 +173,14 @@ class _ConcatBNReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
-        with backward_pass("concat_bn_relu"):
-            token, *saved = _unpack(ctx)
+        with backward_pass("concat_bn_relu", grad_y):
+            saved = _unpack(ctx)
             ctx.unpacked = None
             gradients = _backward(ctx, grad_y, saved)
-        refusing = refuse_second_derivatives("concat_bn_relu", gradients, token, grad_y)
+        refusing = refuse_second_derivatives("concat_bn_relu", gradients, *saved, grad_y)
         return (None, None, None, *refusing)
 
 
@@ -232,9 +234,8 @@ def _statistics(
         mean, var = (x.to(torch.float64, copy=True) for x in (norm.running_mean, norm.running_var))
         return Statistics(mean, var, 0)
     statistics = local_statistics(features, sizes)
-    if is_synchronised(norm, settings.process_group):
-        assert settings.process_group is not None
-        statistics = synchronise_statistics(statistics, settings.process_group)
+    if settings.group is not None:
+        statistics = synchronise_statistics(statistics, settings.group)
     mean, var, rows = statistics
     if rows > 0 and mean.numel() > 0:  # else as F.batch_norm, which leaves them alone
         update_running_statistics([(0, norm)], mean, var, rows)
@@ -277,7 +278,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Gradients of weight, of bias, and of ``features[i] for i in needed``."""
     settings: _Settings = ctx.settings
-    group = settings.process_group if settings.training else None
+    group = settings.group
     mean, var, weight, bias, *features = saved
     # The correction of synchronised statistics is a second pass, before which nothing is rounded.
     dtype = settings.dtype if group is None else parameter_dtype(settings.dtype)

@@ -29,18 +29,26 @@ def _has_tangent(tensor: Tensor | None) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def backward_pass(operator: str) -> Iterator[None]:
-    """For what the backward pass of an autograd function computes.
-
-    Autograd records nothing of it, and subclasses of Tensor among what was saved are read as plain
-    tensors, as torch's own backward passes do.
-    """
-    if torch._C._are_functorch_transforms_active():
+def check_gradients(operator: str, *gradients: Tensor | None) -> None:
+    """Raises RuntimeError for several gradients at once, as a backward pass gets them."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd's own, without torch.func
+    if torch._C._are_functorch_transforms_active() or any(
+        gradient is not None and is_batched(gradient) for gradient in gradients
+    ):
         raise RuntimeError(
             f"{operator}: gradients cannot be batched (is_grads_batched=True, vectorize=True, "
             f"vmap); {_INSTEAD}"
         )
+
+
+@contextmanager
+def backward_pass(operator: str, *gradients: Tensor | None) -> Iterator[None]:
+    """For what the backward pass of an autograd function computes, with the gradients that come in.
+
+    Autograd records nothing of it, and subclasses of Tensor among what was saved are read as plain
+    tensors, as torch's own backward passes do.
+    """
+    check_gradients(operator, *gradients)
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         yield
 
@@ -53,11 +61,11 @@ def refuse_second_derivatives(
     Args:
         operator: for the message.
         gradients: the results of a backward pass, computed without a graph.
-        anchors: all that the gradients depend on: those that came into the backward pass, and a
-            result of the forward pass that it has saved (an empty one, made for this). The graph
-            of a saved result is the node of the operator itself, so from the refusal there is a
-            path to every input of the operator. Without it, autograd takes the gradients for
-            constants where it is asked for those of named inputs, and answers 0.
+        anchors: what the gradients depend on: those that came into the backward pass, and the
+            operator's inputs as the node has saved them. An input that is not saved has to be
+            replaced by a result of the operator that is (an empty one, made for this), whose graph
+            is the operator itself. Without a path from the refusal to every input, autograd takes
+            the gradients for constants where it is asked for those of named inputs, and answers 0.
     """
     if not torch.is_grad_enabled():  # no create_graph
         return tuple(gradients)

@@ -49,7 +49,9 @@ def _count_refusals() -> None:
     Its statistics count them too, but take longer to read than a block takes to launch.
     """
     try:
-        torch._C._cuda_attach_out_of_memory_observer(_count_refusal)
+        torch._C._cuda_attach_out_of_memory_observer(  # type: ignore[attr-defined]
+            _count_refusal
+        )
     except RuntimeError:
         # Allocators other than torch's own have no observers. Then only the text of an error tells.
         return

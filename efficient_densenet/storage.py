@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .subclasses import holds_memory
+
 
 def _may_be_shared(like: Tensor) -> bool:
     """Not in a CUDA graph, which owns its memory; nor fake or meta tensors, which have none."""
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    # Subclasses that only add attributes have memory; those that dispatch (fake ones) may not.
-    is_plain = type(like).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return is_plain and like.device.type in ("cpu", "cuda")
+    return holds_memory(like) and like.device.type in ("cpu", "cuda")
 
 
 class SharedStorage:

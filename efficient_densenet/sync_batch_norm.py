@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,19 @@ class Statistics(NamedTuple):
     rows: int
 
 
-def is_synchronised(norm: BatchNorm, group: ProcessGroup | None) -> bool:
-    """Whether the norm needs the statistics of other processes."""
-    return norm.training and group is not None and group.size() > 1
+def group_to_synchronise(norm: BatchNorm, group: Any) -> ProcessGroup | None:
+    """The group whose statistics the norm needs; None where those of this process are enough.
+
+    Raises:
+        TypeError: ``group`` is neither a process group nor None.
+    """
+    if group is None:
+        return None
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a ProcessGroup or None, got {type(group).__name__}"
+        )
+    return group if norm.training and group.size() > 1 else None
 
 
 def local_statistics(features: Sequence[Tensor], sizes: torch.Size) -> Statistics:
