@@ -7,6 +7,13 @@
 
 #include "common/tensors.h"
 
+namespace efficient_densenet {
+
+// A tensor in the memory of another one, without the dispatcher.
+Tensor reinterpret(const Tensor& tensor, int64_t offset, const Sizes& sizes, const Sizes& strides);
+
+}  // namespace efficient_densenet
+
 namespace efficient_densenet::aten {
 
 // out = a b
@@ -31,7 +38,7 @@ struct ConvolutionGradients {
   std::optional<Tensor> x, weight;  // those that were asked for
 };
 ConvolutionGradients convolution_backward(const Tensor& grad_y, const Tensor& x,
-                                          const Tensor& weight, bool wants_x, bool wants_weight);
+                                          const Tensor& weight, bool needs_x, bool needs_weight);
 
 // x where the mask is set, times scale, else 0: forward and backward of dropout.
 Tensor apply_dropout(const Tensor& x, const Tensor& mask, double scale);

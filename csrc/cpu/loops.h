@@ -65,7 +65,8 @@ struct Loops {
   // to the sums.
   void (*accumulate)(Shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<acc_t<T>> g, Write,
                      Numbers<T>, const acc_t<T>* factor, double* dz, double* dz_centred);
-  // grad_x = scale * dz - offset - (x - mean) * slope; grad_y may be the memory of grad_x.
+  // grad_x = scale * dz - offset - (x - mean) * slope; grad_y may be the memory of grad_x. Without
+  // a slope, scale * dz: x may be infinite where the ReLU is closed.
   void (*gradient)(Shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> grad_x, Numbers<T>,
                    const acc_t<T>* offset, const acc_t<T>* slope);
   // grad_x = g - (offset + ((x - mean) * slope + rest)): g meets a number that differs in every row

@@ -261,6 +261,13 @@ void gradient(Shape shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> 
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;
     const auto strip = load_strip<W>(numbers, c);
+    if (slope == nullptr) {
+      for (int64_t r = row; r < end; ++r) {
+        const auto z = normalise(load<W>(at(x, r, c)), strip);
+        store<W>(at(grad_x, r, c), strip.scale * masked<T>(z, load<W>(at(grad_y, r, c))));
+      }
+      return;
+    }
     const auto shift = load<W>(offset + c), steepness = load<W>(slope + c);
     for (int64_t r = row; r < end; ++r) {
       const auto value = load<W>(at(x, r, c));

@@ -118,7 +118,10 @@ class Block {
   TensorMatrix z(int64_t layer);
   KernelArgs kernel_args(const TensorMatrix& x, int64_t rows, int64_t channels) const;
   int64_t chunk_elements() const;
-  std::vector<RowChunk> row_chunks(int64_t channels) const;
+  // Of at most so many rows.
+  std::vector<RowChunk> row_chunks(int64_t channels, int64_t most) const;
+  // Those that the gradient of conv1's weight is summed in.
+  std::vector<RowChunk> backward_chunks(int64_t channels) const;
   char* affine(const Tensor& tensor, int row, int64_t begin) const;
   Tensor images(const TensorMatrix& matrix, int64_t channels) const {
     return matrix.as_images(images_, channels, spatial_);

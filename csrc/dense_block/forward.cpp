@@ -78,7 +78,7 @@ void Block::bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* m
   }
   const Tensor weight = conv1(arguments_.conv1, layer);
   const Tensor transposed = transpose(weight);
-  for (const RowChunk& chunk : row_chunks(channels)) {
+  for (const RowChunk& chunk : row_chunks(channels, rows_)) {
     const TensorMatrix a1 = scratch(&a1_, chunk_elements(), channels);
     const TensorMatrix z_rows = z.at(chunk.begin, 0);
     normalise(norms_[layer], features_.at(chunk.begin, 0), chunk.count, a1);

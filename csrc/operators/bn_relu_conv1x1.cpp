@@ -1,5 +1,5 @@
 // The tensor-core kernels of bn_relu_conv1x1.h as operators of their own, on matrices. A dense
-// block calls the kernels directly (dense_block.cpp); these are for tests and benchmarks of each.
+// block calls the kernels directly (../dense_block); these are for tests and benchmarks of each.
 #include "operators/bn_relu_conv1x1.h"
 
 #include "common/kernel_call.h"
@@ -10,7 +10,9 @@ namespace {
 class Call : public KernelCall {
  public:
   Call(const char* op, const Tensor& x, const NormTensors& norm, const Tensor& conv1)
-      : KernelCall(op, "x", x, norm), conv1_(conv1), outputs_(conv1.size(0)) {
+      : KernelCall(op, "x", x, norm), conv1_(conv1) {
+    checks().expect(conv1.dim() >= 2 && conv1.numel() > 0, "conv1", conv1, "[N, C]");
+    outputs_ = conv1.size(0);
     check_kernels(cuda::why_no_tensor_cores(device_index(), element(), outputs_, channels()));
     numbers("conv1", conv1, dtype(), outputs_ * channels());
   }
