@@ -1,4 +1,4 @@
-"""Torch's settings, and how a block's convolutions run with them (csrc/dense_block/kernel_path.h)."""
+"""Torch's settings, and how the convolutions of a block run with them."""
 
 from __future__ import annotations
 

@@ -136,5 +136,6 @@ def _forward(norm: BatchNorm, x: Tensor, keeps: bool) -> _Forward:
 
 @torch.library.register_fake("efficient_densenet::bn_relu_max_pool_backward")
 def _(grad_y: Tensor, winners: Tensor, x: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _extension.check_one_device(grad_y, winners, x, mean, rest)
     grad_weight = torch.empty_like(mean, dtype=_parameter_type(x))
     return grad_weight, torch.empty_like(grad_weight)

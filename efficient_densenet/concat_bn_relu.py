@@ -369,6 +369,7 @@ def _as_parameter(per_channel: Tensor | None, features: Tensor) -> Tensor | None
 
 @torch.library.register_fake("efficient_densenet::concat_bn_stats")
 def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    _extension.check_one_device(features)
     channels = sum(feature.size(1) for feature in features)
     mean = features[0].new_empty(channels, dtype=torch.float64)
     return mean, torch.empty_like(mean)
@@ -376,5 +377,6 @@ def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
 def _(grad_y: Tensor, features: object, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    _extension.check_one_device(grad_y, features, mean, rest)
     grad_weight = torch.empty_like(mean, dtype=_parameter_type(grad_y))
     return grad_weight, torch.empty_like(grad_weight)

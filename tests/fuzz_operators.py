@@ -136,7 +136,7 @@ def block_arguments(case, dtype):
     channels, rows = first + layers * growth, n * math.prod(spatial)
     kernel = [r.choice([1, 3, 5]) for _ in spatial]
     counts = [first + i * growth for i in range(layers)]
-    has_reader, pool = r.random() < 0.5, r.randint(0, 2)
+    has_reader, pool = r.random() < 0.5, r.randint(0, 2) if min(spatial) > 1 else 0
     norms = [*counts, *[bottleneck] * layers, *[channels] * has_reader]
     frozen = [i for i in range(len(norms)) if r.random() < 0.3]
     frozen_count = sum(norms[i] for i in frozen)
@@ -324,11 +324,15 @@ def mutated_list(case, values):
     elif what == "swap":
         values[i] = values[r.randrange(len(values))]
     elif what == "one":
-        values[i] = mutated(case, values[i])
+        # Not None: torch prints such a list, and with it tensors that may have no memory.
+        value = mutated(case, values[i])
+        values[i] = values[i] if value is None else value
     return values if what != "empty" else []
 
 
 def mutated_tensor(case, tensor):
+    if not has_values(tensor):  # torch's own operators would read what is not there
+        return tensor
     try:
         return TENSORS[case.random.choice([*TENSORS])](case, tensor)
     except (RuntimeError, NotImplementedError):  # not of one that was mutated before
@@ -361,8 +365,11 @@ def flat(arguments):
 
 
 def has_values(tensor):
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.untyped_storage().nbytes() > 0
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    reach = sum((size - 1) * s for size, s in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= needed
 
 
 def values_of(tensor):

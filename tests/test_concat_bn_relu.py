@@ -433,23 +433,3 @@ def test_opcheck(device, name, dtype):
     torch.library.opcheck(
         getattr(torch.ops.efficient_densenet, name).default, SAMPLES[name](problem)
     )
-
-
-def test_operators_check_what_would_be_out_of_bounds(device):
-    ops = torch.ops.efficient_densenet
-    p = make_problem([4, 3], (6, 5, 5), torch.float32, device)
-    mean = var = p.weight.double()
-    with pytest.raises(RuntimeError, match="mean: expected a contiguous tensor of length 7"):
-        ops.concat_bn_relu(p.features, mean[:5], var, None, None, 1e-5, p.grad_y)
-    with pytest.raises(RuntimeError, match="var: expected float64"):
-        ops.concat_bn_relu(p.features, mean, var.float(), None, None, 1e-5, p.grad_y)
-    with pytest.raises(RuntimeError, match="y: expected 7 channels, got 6"):
-        ops.concat_bn_relu(p.features, mean, var, None, None, 1e-5, p.grad_y[:, :6])
-    with pytest.raises(RuntimeError, match="features: batch or spatial sizes differ"):
-        ops.concat_bn_stats([p.features[0], p.features[1][:5]])
-    with pytest.raises(RuntimeError, match="features: dtype differs"):
-        ops.concat_bn_stats([p.features[0], p.features[1].double()])
-    with pytest.raises(RuntimeError, match="wanted: expected indices of features, got 2"):
-        ops.concat_bn_relu_backward(
-            p.grad_y, p.features, mean, var, None, None, 1e-5, True, [2], [p.features[0]]
-        )

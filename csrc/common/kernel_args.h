@@ -63,6 +63,11 @@ struct BatchNorm {
   double eps;
 };
 
+// scale z + bias of a norm whose statistics are known beforehand, [C]; null: no norm.
+struct FoldedNorm {
+  const float *scale, *bias;
+};
+
 struct Statistics {
   double* mean;      // [C], out
   double* var;       // [C], out: biased variance

@@ -188,7 +188,7 @@ void Block::backward_conv2_input(Backward& state, int64_t layer, KernelArgs& arg
   const TensorMatrix grad_z = scratch(&grad_z_, rows_ * bottleneck_, bottleneck_);
   const Gathered gathered{state.grad_features.at(0, begin).view(),
                           features_.at(0, begin).view(),
-                          mean_ + begin,
+                          has_batch_statistics_reader(begin) ? mean_ + begin : nullptr,
                           {state.s1 + begin, state.s2 + begin}};
   args.features[0].grad_x = grad_z.view();
   launch_(cuda::bn_relu_conv3x3_grad_input, args, norm.bn, image(), packed_conv2_[true].at(layer),

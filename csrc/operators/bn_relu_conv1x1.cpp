@@ -20,9 +20,8 @@ class Call : public KernelCall {
   Tensor packed(WeightLayout layout) const {
     Tensor memory =
         new_bytes(cuda::packed_conv1x1_bytes(element(), layout, rows(), outputs_, channels()));
-    cuda::pack_conv1x1(element(), layout, rows(),
-                       {conv1_.data_ptr(), 1, outputs_, channels(), 0, nullptr}, memory.data_ptr(),
-                       stream());
+    cuda::pack_conv1x1(element(), layout, rows(), {conv1_.data_ptr(), 1, outputs_, channels(), 0},
+                       memory.data_ptr(), stream());
     return memory;
   }
 
@@ -44,8 +43,8 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
   const Tensor packed = call.packed(WeightLayout::kForward);
   const void* const data = packed.data_ptr();
   const Statistics* const wanted = moments ? &statistics : nullptr;
-  const float* const no_bias = nullptr;
-  call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_bias, z_view, wanted);
+  const FoldedNorm no_norm2{};
+  call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_norm2, z_view, wanted);
 }
 
 void bn_relu_conv1x1_backward(const Tensor& grad_z, const Tensor& x, const Tensor& mean,

@@ -32,7 +32,7 @@ struct ImageSize {
 struct Gathered {
   View grad_features;  // G, float
   View y;
-  const double* mean;  // of y, [k]
+  const double* mean;  // of y, [k]; null where no norm with batch statistics reads y: no correction
   Correction correction;
 };
 

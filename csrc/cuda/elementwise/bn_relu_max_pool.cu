@@ -260,17 +260,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const Position position(row, images.walked);
     const Line<T, V> grad_x(images.feature.grad_x, tile.channel, position.image, position.d,
                             position.h);
-    for_each_pixel<T, V>(images, pooled, tile.channel, position,
-                         [&](int64_t w, const Pack<T, V>& x, const Acc(&grads)[V]) {
-                           Pack<T, V> result;
+    for_each_pixel<T, V>(
+        images, pooled, tile.channel, position,
+        [&](int64_t w, const Pack<T, V>& x, const Acc(&grads)[V]) {
+          Pack<T, V> result;
 #pragma unroll
-                           for (int i = 0; i < V; ++i) {
-                             const Acc value = widen(x.values[i]);
-                             const Acc dz = masked<T>(channels[i], value, grads[i]);
-                             result.values[i] = narrow<T>(channels[i].grad_x(value, dz));
-                           }
-                           *grad_x.at(w) = result;
-                         });
+          for (int i = 0; i < V; ++i) {
+            const Acc value = widen(x.values[i]);
+            const Acc dz = masked<T>(channels[i], value, grads[i]);
+            result.values[i] = narrow<T>(channels[i].grad_x(value, dz, gradients.batch_statistics));
+          }
+          *grad_x.at(w) = result;
+        });
   });
 }
 

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
         const GradChannel<Acc>& channel = channels[T_::channel_of(i)];
         const Acc value = widen(x_packs[s].values[i]);
         const Acc dz = masked<T>(channel, value, widen(grad_packs[s].values[i]));
-        grad_packs[s].values[i] = narrow<T>(channel.grad_x(value, dz));
+        grad_packs[s].values[i] = narrow<T>(channel.grad_x(value, dz, gradients.batch_statistics));
       }
       *grad_x.at(row + s * tile.row_step) = grad_packs[s];
     }

@@ -131,9 +131,11 @@ __global__ void merge_norm_grad_kernel(int64_t channels, Chunking chunking,
   const ChannelGradients<Acc> channel(sums, bn, c);
   channel.write(norm_grad.grad_weight, norm_grad.grad_bias, c);
   const double weight = bn.weight == nullptr ? 1 : static_cast<const Acc*>(bn.weight)[c];
-  const double scale = norm_grad.batch_statistics ? weight * channel.inverse_std : 0;
-  const double s1 = scale * channel.grad_bias;
-  const double s2 = scale * channel.inverse_std * channel.grad_weight;
+  // The sums of other norms may be infinite, so that 0 times them is NaN.
+  const bool corrects = norm_grad.batch_statistics;
+  const double scale = weight * channel.inverse_std;
+  const double s1 = corrects ? scale * channel.grad_bias : 0;
+  const double s2 = corrects ? scale * channel.inverse_std * channel.grad_weight : 0;
   double &all_s1 = norm_grad.correction.s1[c], &all_s2 = norm_grad.correction.s2[c];
   all_s1 = norm_grad.first_reader ? s1 : all_s1 + s1;
   all_s2 = norm_grad.first_reader ? s2 : all_s2 + s2;

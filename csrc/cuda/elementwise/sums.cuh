@@ -133,6 +133,7 @@ struct CorrectionCoefficients {
 
   __device__ static CorrectionCoefficients load(const double* mean, const Correction& correction,
                                                 int64_t row_count, int64_t c) {
+    if (mean == nullptr) return {};  // nothing to correct
     const auto rounded = static_cast<Acc>(mean[c]);
     const double slope = correction.s2[c] / row_count;
     const double exact = correction.s1[c] / row_count - (mean[c] - rounded) * slope;
@@ -161,8 +162,10 @@ struct GradChannel : Channel<Acc> {
     return channel;
   }
 
-  __device__ Acc grad_x(Acc x, Acc dz) const {
-    return fma(this->mean - x, slope, fma(this->scale, dz, -offset));
+  // `corrects` is that of load. Without it x is not touched: 0 times an infinite x is NaN.
+  __device__ Acc grad_x(Acc x, Acc dz, bool corrects) const {
+    const Acc own = fma(this->scale, dz, -offset);
+    return corrects ? fma(this->mean - x, slope, own) : own;
   }
 };
 

@@ -50,9 +50,8 @@ template <typename T, int kRowTiles, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kRowTiles, kTiles))
     bn_relu_conv1x1_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> x, BatchNorm bn,
-                           const uint4* weight, const float* bias,
-                           const __grid_constant__ Rows<T> z, double* partial_mean,
-                           double* partial_m2) {
+                           const uint4* weight, FoldedNorm norm2, const __grid_constant__ Rows<T> z,
+                           double* partial_mean, double* partial_m2) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kOutputs = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
   extern __shared__ uint4 shared[];
@@ -146,7 +145,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     }
     if (++chunk < chunks) continue;
 
-    store_tile<T>(sums, z, row, end, first_output, sizes.outputs, bias,
+    store_tile<T>(sums, z, row, end, first_output, sizes.outputs, norm2,
                   partial_mean ? &moments : nullptr);
     chunk = 0;
     row += tile_rows;
@@ -264,9 +263,7 @@ __global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weigh
                            pair_column(p % (2 * kTileColumns));
     const int64_t n = shape.forward ? column : k, c = shape.forward ? k : column;
     const bool inside = n < weights.outputs && c < channels;
-    float value = inside ? widen(from[n * channels + c]) : 0;
-    if (inside && weights.scale != nullptr)
-      value *= weights.scale[blockIdx.y * weights.outputs + n];
+    const float value = inside ? widen(from[n * channels + c]) : 0;
     packed[i] = to_operand(narrow<T>(value));
   }
 }
@@ -372,7 +369,8 @@ void fold_norms(const Norms& norms, float* scale, float* bias, void* stream) {
 }
 
 void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* weight,
-                     int64_t outputs, const float* bias, const View& z, const Statistics* moments) {
+                     int64_t outputs, const FoldedNorm& norm2, const View& z,
+                     const Statistics* moments) {
   const Groups groups(args.rows.count, outputs);
   const Warps warps = choose_warps(args.rows.count, groups.tiles, args.channels, args.element);
   const Chunking chunking = choose_rows(args.rows.count, warps);
@@ -390,9 +388,9 @@ void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* we
     allow_shared<kKernel>();
     const int64_t bytes = warps.shared_bytes(kTiles, args.channels, args.element);
     kKernel<<<dim3(chunking.chunks, groups.groups), warps.warps * kWarp, bytes,
-              static_cast<cudaStream_t>(args.stream)>>>(sizes, Rows<const T>(args.features[0].x),
-                                                        bn, static_cast<const uint4*>(weight), bias,
-                                                        Rows<T>(z, 4), partial_mean, partial_m2);
+              static_cast<cudaStream_t>(args.stream)>>>(
+        sizes, Rows<const T>(args.features[0].x), bn, static_cast<const uint4*>(weight), norm2,
+        Rows<T>(z, 4), partial_mean, partial_m2);
     check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
   };
   dispatch_operand(args.element, [&](auto element) {

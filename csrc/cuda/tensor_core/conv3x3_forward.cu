@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     multiply_taps<T>(sums, stage, zeros, stage + stretch * kPieces, sizes.images,
                      warp * kRowTiles * kTileRows, inside, 2);
     if (++chunk < chunks) continue;
-    store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs, nullptr,
+    store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs, FoldedNorm{},
                   partial_mean ? &moments : nullptr);
     chunk = 0;
     tile_row += block_rows;

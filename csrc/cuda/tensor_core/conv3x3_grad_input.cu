@@ -34,7 +34,7 @@ struct Sizes {
 };
 
 struct Gather {
-  const double* mean;
+  const double* mean;  // null: there is nothing to correct, and y is not read
   Correction correction;
 };
 
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
         const int s = first + j * apart,
                   count = s >= first_stretch && s < end_stretch ? count_n : 0;
         g[j] = load_four(from_g + j * apart * grad_features.stride, grad_features.aligned, count);
-        values[j] = load_four(from_y + j * apart * y.stride, y.aligned, count);
+        values[j] =
+            load_four(from_y + j * apart * y.stride, y.aligned, gather.mean == nullptr ? 0 : count);
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {

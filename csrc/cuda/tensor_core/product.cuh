@@ -106,11 +106,11 @@ struct WarpMoments {
 };
 
 // Stores the tile whose row of this lane is `row`, the rows from `end` on excepted, and sets the
-// sums to 0. With a bias [outputs], relu(sums + bias) as an operand of the next product. Moments
-// are null where nobody wants them.
+// sums to 0. With a norm, relu(norm(sums)) as an operand of the next product. Moments are null
+// where nobody asks for them.
 template <typename T, int kRowTiles, int kTiles>
 __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& to, int64_t row,
-                           int64_t end, int first_output, int outputs, const float* bias,
+                           int64_t end, int first_output, int outputs, const FoldedNorm& norm,
                            WarpMoments<kTiles>* moments) {
   constexpr int kPairs = kTiles / 2, kOwnRows = 2 * kRowTiles;
   typename WarpMoments<kTiles>::Tile_ tile;
@@ -125,11 +125,13 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
   for (int pair = 0; pair < kPairs; ++pair) {
     const int place = pair * 2 * kTileColumns;
     const int count = count_before<4>(outputs, first_output + place + 4 * t);
-    float shifts[4] = {};
-    if (bias != nullptr) {
+    float factors[4] = {}, shifts[4] = {};
+    if (norm.scale != nullptr) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (k < count) shifts[k] = bias[first_output + place + 4 * t + k];
+        if (k >= count) continue;
+        factors[k] = norm.scale[first_output + place + 4 * t + k];
+        shifts[k] = norm.bias[first_output + place + 4 * t + k];
       }
     }
     Pack<T, 4> values[kOwnRows];
@@ -138,8 +140,9 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
-        values[r].values[k] =
-            bias == nullptr ? narrow<T>(sum) : to_operand(narrow<T>(relu(sum + shifts[k])));
+        values[r].values[k] = norm.scale == nullptr
+                                  ? narrow<T>(sum)
+                                  : to_operand(narrow<T>(relu(fma(sum, factors[k], shifts[k]))));
       }
       if (whole) {
         store_if(count > 0, first + r * 8 * to.stride + place, values[r]);
