@@ -23,7 +23,7 @@
 
 namespace efficient_densenet {
 
-// What the last reader averages; numbered as in Python.
+// What the last reader averages: nothing, windows of 2 in each dimension, or all pixels of an image.
 enum class Pool : int64_t { kNone, kWindows, kImages };
 
 // What forward and backward of a block are called with alike.

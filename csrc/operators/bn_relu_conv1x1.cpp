@@ -42,9 +42,9 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
   if (moments) statistics = call.statistics("moments", *moments, call.outputs());
   const Tensor packed = call.packed(WeightLayout::kForward);
   const void* const data = packed.data_ptr();
-  const Statistics* const wanted = moments ? &statistics : nullptr;
+  const Statistics* const needed = moments ? &statistics : nullptr;
   const FoldedNorm no_norm2{};
-  call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_norm2, z_view, wanted);
+  call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_norm2, z_view, needed);
 }
 
 void bn_relu_conv1x1_backward(const Tensor& grad_z, const Tensor& x, const Tensor& mean,

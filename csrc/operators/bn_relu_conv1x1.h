@@ -2,7 +2,7 @@
 // features and their gradient never reach memory:
 //
 //   z = a W^T,  a = relu(bn(x))           x [M, C], W [N, C], z [M, N]; moments of z on the way
-//   grad_a = grad_z W                     added, as in dense_block.h, to G and its sums
+//   grad_a = grad_z W                     added, as in dense_block/kernels.h, to G and its sums
 //   grad_W = grad_z^T a
 //
 // For 16-bit elements and for float, whose products are TF32: `a`, W and grad_z are rounded to it.

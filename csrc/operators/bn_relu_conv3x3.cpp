@@ -51,8 +51,8 @@ void bn_relu_conv3x3(const Tensor& z, const Tensor& mean, const Tensor& var,
   if (moments) statistics = call.statistics("moments", *moments, call.outputs());
   const Tensor packed = call.packed(false);
   const void* const data = packed.data_ptr();
-  const Statistics* const wanted = moments ? &statistics : nullptr;
-  call.run(cuda::bn_relu_conv3x3, false, call.image(), data, call.outputs(), y_view, wanted);
+  const Statistics* const needed = moments ? &statistics : nullptr;
+  call.run(cuda::bn_relu_conv3x3, false, call.image(), data, call.outputs(), y_view, needed);
 }
 
 void bn_relu_conv3x3_backward(const Tensor& grad_features, const Tensor& y, const Tensor& y_mean,

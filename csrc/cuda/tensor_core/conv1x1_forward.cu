@@ -12,12 +12,13 @@
 // block takes one stretch of rows, tile after tile.
 // Moments: of a tile's rows in registers, merged over the lanes, tiles and warps by the formula of
 // Chan, Golub and LeVeque (moments.cuh), so no sum of squares cancels; then one partial result per
-// column and block, merged in double by a second kernel. The order depends on the shape alone (and,
-// on devices with little shared memory, on how much that is).
+// column and block, merged in double by a second kernel. The order depends on shapes, strides and
+// alignment alone (and, on devices with little shared memory, on how much that is).
 //
 // Bytes: x once, z once; W (from the L2 cache) once per block and tile. Operations: 2 M C N.
-// Limit: memory where M is large; else the latency of a chunk, C / kChunk times in a row.
-#include "cuda/tensor_core/mma.cuh"
+// Limit: memory where M is large; else the latency of a chunk, C / kChannelChunk times in a row.
+#include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/limits.cuh"
 #include "cuda/tensor_core/product.cuh"
 #include "operators/bn_relu_conv1x1.h"
 
@@ -57,9 +58,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   extern __shared__ uint4 shared[];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / kPieces, t = lane % kPieces;
-  const int chunks = (sizes.channels + kChunk<T> - 1) / kChunk<T>;
-  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChunk<T>);
-  uint4* const stages = shared + norm_floats(chunks, kChunk<T>) / 4;
+  const int chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
+  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChannelChunk<T>);
+  uint4* const stages = shared + norm_floats(chunks, kChannelChunk<T>) / 4;
   const int stage_pieces = kWeightStage<kTiles> + warps * kOwnRows * kWarp;
   const int own_x = kWeightStage<kTiles> + warp * kOwnRows * kWarp + lane;
   const int first_output = blockIdx.y * kOutputs;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   const int tile_rows = warps * kRowTiles * kTileRows;
   const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * chunks;
 
-  const bool whole = x.aligned && sizes.channels % kPiece<T> == 0;
+  const bool pieces_are_whole = x.aligned && sizes.channels % kPiece<T> == 0;
   // The next chunk to copy: its number, place in C, stage and the lane's first row; its rows are 8
   // apart.
   int copied = 0, copied_chunk = 0, copied_stage = 0;
@@ -84,9 +85,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
         copy_async(stage + i, from_weight + i);
       }
       const int count =
-          count_before<kPiece<T>>(sizes.channels, copied_chunk * kChunk<T> + t * kPiece<T>);
+          count_before<kPiece<T>>(sizes.channels, copied_chunk * kChannelChunk<T> + t * kPiece<T>);
       const auto left = static_cast<int>(min(end - copied_row, int64_t(kOwnRows * 8)));
-      if (whole) {
+      if (pieces_are_whole) {
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
           copy_async_if<kPieceBytes>(count > 0 && r * 8 < left, stage + own_x + r * kWarp,
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
         }
       }
       if (++copied_stage == kStages) copied_stage = 0;
-      from_x += kChunk<T>;
+      from_x += kChannelChunk<T>;
       from_weight += kWeightStage<kTiles>;
       if (++copied_chunk == chunks) {
         copied_chunk = 0;
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_next();
-  norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
+  norm.load(bn, 0, chunks * kChannelChunk<T>, sizes.channels);
 
   float sums[kRowTiles][kTiles][4] = {};
   WarpMoments<kTiles> moments;
@@ -125,8 +126,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     __syncthreads();  // all copies of this stage are there, and nobody reads the one before
     copy_next();
     const uint4* const stage = stages + i % kStages * stage_pieces;
-    Channel<float> channels[kPiece<T>];
-    norm.get(channels, chunk * kChunk<T> + t * kPiece<T>);
+    NormCoefficients<float> channels[kPiece<T>];
+    norm.get(channels, chunk * kChannelChunk<T> + t * kPiece<T>);
     uint4 a[kOwnRows];
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
@@ -192,20 +193,20 @@ struct Warps {
 constexpr Warps kFewest{1, 1};
 
 Warps choose_warps(int64_t rows, int tiles, int64_t channels, Element element) {
-  Warps wanted{1, 4};
+  Warps preferred{1, 4};
   if (rows >= 32768) {
-    wanted.row_tiles = tiles <= 16 ? 2 : 1;
+    preferred.row_tiles = tiles <= 16 ? 2 : 1;
   } else if (rows >= 16384) {
-    wanted.warps = kMaxWarps;
+    preferred.warps = kMaxWarps;
   }
   const int64_t limit = shared_memory();
-  for (const Warps& warps : {wanted, Warps{1, 4}, Warps{1, 2}}) {
+  for (const Warps& warps : {preferred, Warps{1, 4}, Warps{1, 2}}) {
     if (warps.shared_bytes(tiles, channels, element) <= limit) return warps;
   }
   return kFewest;
 }
 
-Chunking choose_rows(int64_t rows, const Warps& warps) {
+RowChunking choose_rows(int64_t rows, const Warps& warps) {
   const int64_t tile = warps.warps * warps.row_tiles * kTileRows;
   const int64_t rows_per_block = ceil_div(ceil_div(rows, tile), kBlocks) * tile;
   return {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
@@ -345,7 +346,7 @@ void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv
                   void* packed, void* stream) {
   dispatch_operand(element, [&](auto tag) {
     using T = decltype(tag);
-    const PackedShape shape(layout, kChunk<T>, rows, weights.outputs);
+    const PackedShape shape(layout, kChannelChunk<T>, rows, weights.outputs);
     const int64_t most = shape.elements(channels_of(weights, weights.layers - 1));
     const dim3 grid(std::min<int64_t>(ceil_div(most, kThreads), 64), weights.layers);
     pack_conv1x1_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
@@ -373,7 +374,7 @@ void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* we
                      const Statistics* moments) {
   const Groups groups(args.rows.count, outputs);
   const Warps warps = choose_warps(args.rows.count, groups.tiles, args.channels, args.element);
-  const Chunking chunking = choose_rows(args.rows.count, warps);
+  const RowChunking chunking = choose_rows(args.rows.count, warps);
   const Sizes sizes{args.rows.count, chunking.rows_per_chunk, static_cast<int>(args.channels),
                     static_cast<int>(outputs)};
   double *partial_mean = nullptr, *partial_m2 = nullptr;

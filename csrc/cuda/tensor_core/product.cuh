@@ -1,13 +1,14 @@
 // What becomes of a warp's product: its rows are stored, and their moments taken on the way.
 //
 // A warp's tile is kRowTiles times 16 rows and kTiles times 8 columns of accumulators. A lane holds
-// rows g + 8 r, and four neighbouring columns of each pair of tiles (mma.cuh). Moments are of the
-// values as stored: of a tile's rows in registers, then over the lanes, the warp's tiles and the
-// block's warps, in that order, by the formula in moments.cuh, so no sum of squares cancels.
+// rows g + 8 r, and four neighbouring columns of each pair of tiles (fragments.cuh). Moments are of
+// the values as stored: of a tile's rows in registers, then over the lanes, the warp's tiles and
+// the block's warps, in that order, by the formula in moments.cuh, so no sum of squares cancels.
 #pragma once
 
 #include "cuda/elementwise/moments.cuh"
-#include "cuda/tensor_core/mma.cuh"
+#include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/limits.cuh"
 
 namespace efficient_densenet::cuda {
 
@@ -117,7 +118,8 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r) tile.count += row + r * 8 < end;
   const bool full = __all_sync(~0u, tile.count == kOwnRows);
-  const bool whole = full && to.aligned && outputs % 4 == 0;  // of columns, all four or none
+  const bool pieces_are_whole =
+      full && to.aligned && outputs % 4 == 0;  // of columns, all four or none
   const float share = 1 / fmaxf(tile.count, 1);
   const int t = threadIdx.x % kPieces;
   T* const first = to.at(row, first_output + 4 * t);
@@ -144,7 +146,7 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
                                   ? narrow<T>(sum)
                                   : to_operand(narrow<T>(relu(fma(sum, factors[k], shifts[k]))));
       }
-      if (whole) {
+      if (pieces_are_whole) {
         store_if(count > 0, first + r * 8 * to.stride + place, values[r]);
       } else if (full || row + r * 8 < end) {
         store_row(first + r * 8 * to.stride + place, values[r], to.aligned, count);
