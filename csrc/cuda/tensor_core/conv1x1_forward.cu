@@ -17,6 +17,9 @@
 //
 // Bytes: x once, z once; W (from the L2 cache) once per block and tile. Operations: 2 M C N.
 // Limit: memory where M is large; else the latency of a chunk, C / kChannelChunk times in a row.
+#include <map>
+#include <mutex>
+
 #include "cuda/tensor_core/copies.cuh"
 #include "cuda/tensor_core/limits.cuh"
 #include "cuda/tensor_core/product.cuh"
@@ -289,6 +292,34 @@ __global__ void fold_norms_kernel(BatchNorm bn, const __grid_constant__ FoldedEp
 
 std::atomic<int64_t> limit_of_tests{0};
 
+std::string ask_device(int device_index) {
+  const CurrentDevice current(device_index);
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index),
+        "cudaDeviceGetAttribute");
+  if (major < 8) {
+    return "the GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+           ", needed is 8.0";
+  }
+  // A build for older GPUs alone runs on newer ones, with empty kernels here.
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 1, 16>),
+        "cudaFuncGetAttributes");
+  return attributes.ptxVersion < 80 ? "this build has no kernels for compute capability 8.0" : "";
+}
+
+// Empty, or why no kernel can run; every block of every step asks, so each device is asked once.
+const std::string& why_not_on_device(int device_index) {
+  static std::mutex mutex;
+  static std::map<int, std::string> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device_index);
+  if (found != known.end()) return found->second;
+  return known.emplace(device_index, ask_device(device_index)).first->second;
+}
+
 }  // namespace
 
 int64_t shared_memory() {
@@ -314,21 +345,9 @@ std::string why_no_tensor_cores(int device_index, Element element, int64_t outpu
     return "the bottleneck has " + std::to_string(outputs) + " channels, more than " +
            std::to_string(kMaxConv1x1Outputs);
   }
+  const std::string& why = why_not_on_device(device_index);
+  if (!why.empty()) return why;
   const CurrentDevice current(device_index);
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index),
-        "cudaDeviceGetAttribute");
-  if (major < 8) {
-    return "the GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-           ", needed is 8.0";
-  }
-  // A build for older GPUs alone runs on newer ones, with empty kernels here.
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 1, 16>),
-        "cudaFuncGetAttributes");
-  if (attributes.ptxVersion < 80) return "this build has no kernels for compute capability 8.0";
   if (kFewest.shared_bytes(tiles_for(outputs), channels, element) > shared_memory()) {
     return "the block has " + std::to_string(channels) +
            " channels, more than shared memory holds numbers of";
