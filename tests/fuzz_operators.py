@@ -9,6 +9,7 @@ at one.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import random
@@ -22,6 +23,12 @@ OPS = torch.ops.efficient_densenet
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 OTHER_DTYPES = [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.int32]
 INTS = [-(2**63), -1, 0, 1, 2, 3, 7, 2**31, 2**62, 2**63 - 1]
+CONTEXTS = [
+    *[contextlib.nullcontext] * 4,
+    torch.no_grad,
+    torch.inference_mode,
+    lambda: torch.autocast("cpu", torch.bfloat16),
+]
 FLOATS = [math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-300, 1e300]
 
 
@@ -402,7 +409,8 @@ def run_case(name, sample, seed, verbose=False):
         print(seed, name, *map(describe, arguments), flush=True)
     before = [(tensor, values_of(tensor)) for tensor in flat(arguments)]
     try:
-        getattr(OPS, name)(*arguments)
+        with case.random.choice(CONTEXTS)():
+            getattr(OPS, name)(*arguments)
     except Exception as error:
         if str(error).startswith("efficient_densenet::"):
             for tensor, values in before:

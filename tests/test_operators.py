@@ -169,6 +169,48 @@ def test_fuzzing(seed):
         fuzz.run_case(name, samples[name], f"{seed}:{number}")
 
 
+def test_autocast_around_an_operator(device):
+    """Where torch's convolutions would answer in another dtype than that of the block's memory, the
+    operator says so; elsewhere autocast changes nothing.
+    """
+    arguments = float_block(device)
+    OPS.dense_block_layers(*arguments.values())
+    expected = arguments["features"].clone()
+    with torch.autocast(device, torch.bfloat16):
+        try:
+            OPS.dense_block_layers(*arguments.values())
+        except RuntimeError as error:
+            assert "call the operator where autocast is disabled" in str(error)
+        else:
+            assert torch.equal(arguments["features"], expected)
+
+
+def test_tensors_that_require_gradients(device):
+    """The operators record nothing for autograd."""
+    arguments = float_block(device)
+    OPS.dense_block_layers(*arguments.values())
+    expected = arguments["features"].clone()
+    for name in ("x", "conv1", "conv2", "affine"):
+        arguments[name].requires_grad_()
+    OPS.dense_block_layers(*arguments.values())
+    assert torch.equal(arguments["features"], expected)
+    assert torch.is_grad_enabled() and not arguments["features"].requires_grad
+
+
+def float_block(device):
+    """A call of dense_block_layers in float32, with frozen norms."""
+    return dict(
+        x=torch.randn(2, 3, 5, 5, device=device), projection=None,
+        features=torch.zeros(2, 5, 5, 7, device=device).movedim(-1, 1), bottlenecks=None,
+        statistics=torch.zeros(2, 7 + 2 * 4, dtype=torch.float64, device=device),
+        conv1=torch.randn(4 * (3 + 5), device=device),
+        conv2=torch.randn(2, 2, 3, 3, 4, device=device), affine=torch.randn(2, 16, device=device),
+        frozen=torch.rand(2, 16, dtype=torch.float64, device=device) + 0.5,
+        frozen_norms=[0, 1, 2, 3], eps=[1e-5] * 4, dropout_mask=None, dropout_scale=1.0, pool=0,
+        allow_tf32=False, products_match_convolutions=True, inference=False, y=None,
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------
 # Running statistics
 

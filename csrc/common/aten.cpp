@@ -53,6 +53,15 @@ void call_and_drop_result(const char* name, const char* overload,
   to<Tensor>(stack[0]);
 }
 
+// Under autocast, torch's convolutions answer in its dtype, whatever they were given.
+const Tensor& in_dtype_of(const Tensor& x, const Tensor& result) {
+  EFFICIENT_DENSENET_CHECK(result.scalar_type() == x.scalar_type(), "efficient_densenet",
+                           "a convolution of ", describe(x.scalar_type()), " answered in ",
+                           describe(result.scalar_type()),
+                           ": call the operator where autocast is disabled");
+  return result;
+}
+
 struct Convolution {
   Sizes stride, padding, dilation, output_padding;
 
@@ -122,7 +131,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight) {
                                     from(c.stride),   from(c.padding),        from(c.dilation),
                                     from(false),      from(c.output_padding), from(int64_t(1))};
   call("aten::convolution", "", stack);
-  return to<Tensor>(stack[0]);
+  return in_dtype_of(x, to<Tensor>(stack[0]));
 }
 
 ConvolutionGradients convolution_backward(const Tensor& grad_y, const Tensor& x,
@@ -143,8 +152,8 @@ ConvolutionGradients convolution_backward(const Tensor& grad_y, const Tensor& x,
   call("aten::convolution_backward", "", stack);
   ConvolutionGradients gradients;
   std::array<Tensor, 3> results{to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
-  if (needs_x) gradients.x = results[0];
-  if (needs_weight) gradients.weight = results[1];
+  if (needs_x) gradients.x = in_dtype_of(x, results[0]);
+  if (needs_weight) gradients.weight = in_dtype_of(x, results[1]);
   return gradients;
 }
 

@@ -5,6 +5,8 @@
 // which that dispatcher does not pass on: no addmm, no add.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include "common/tensors.h"
 
 namespace efficient_densenet {
@@ -15,6 +17,21 @@ Tensor reinterpret(const Tensor& tensor, int64_t offset, const Sizes& sizes, con
 }  // namespace efficient_densenet
 
 namespace efficient_densenet::aten {
+
+// Turns gradients off for as long as it lives: the operators write to memory of their caller, which
+// ATen refuses for tensors that require gradients.
+class GradModeOff {
+ public:
+  GradModeOff() : before_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~GradModeOff() { aoti_torch_grad_mode_set_enabled(before_); }
+  GradModeOff(const GradModeOff&) = delete;
+  GradModeOff& operator=(const GradModeOff&) = delete;
+
+ private:
+  bool before_;
+};
 
 // out = a b
 void mm_out(const Tensor& a, const Tensor& b, const Tensor& out);

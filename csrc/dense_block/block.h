@@ -23,7 +23,8 @@
 
 namespace efficient_densenet {
 
-// What the last reader averages: nothing, windows of 2 in each dimension, or all pixels of an image.
+// What the last reader averages: nothing, windows of 2 in each dimension, or all pixels of an
+// image.
 enum class Pool : int64_t { kNone, kWindows, kImages };
 
 // What forward and backward of a block are called with alike.
@@ -174,6 +175,7 @@ class Block {
   void backward_input(Backward& state, const BlockGradients& gradients);
   void backward_projection(const TensorMatrix& grad_input, const BlockGradients& gradients);
 
+  aten::GradModeOff grad_mode_off_;
   const BlockArguments& arguments_;
   Device device_;
   ArgumentChecks checks_;
