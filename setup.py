@@ -4,6 +4,8 @@ Environment variables:
   EFFICIENT_DENSENET_CUDA  1: a build without CUDA is an error; 0: CPU only
   CUDA_HOME, CUDA_PATH     toolkit to try before the usual places
   TORCH_CUDA_ARCH_LIST     architectures; default: the GPUs here, else DEFAULT_ARCHITECTURES
+  EFFICIENT_DENSENET_SANITIZE  1: CPU only, with AddressSanitizer and UndefinedBehaviorSanitizer,
+                           whose libraries Python must preload (.ci/sanitize does)
 """
 
 import os
@@ -22,6 +24,8 @@ DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX"
 # No contraction to FMA: the backward pass finds the ReLU mask by rounding exactly as the forward.
 CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
 # What a toolkit needs, and where below its home (conda and Debian have folders of their own).
 TOOLKIT_FILES = {
     "nvcc": ["bin"],
@@ -86,7 +90,7 @@ def architectures():
     return listed or (f"{gpus}+PTX" if gpus else DEFAULT_ARCHITECTURES)
 
 
-def extension(toolkit):
+def extension(toolkit, sanitizes=False):
     major, minor = (int(part) for part in MINIMUM_TORCH.split("."))
     patterns = ["csrc/*.cpp", "csrc/common/*.cpp", "csrc/operators/*.cpp"]
     patterns += ["csrc/dense_block/*.cpp", "csrc/cpu/*.cpp"]
@@ -108,12 +112,14 @@ def extension(toolkit):
         # So nvcc need not match torch's CUDA version either, which BuildExtension would insist on.
         cpp_extension._check_cuda_version = lambda *args: None
         cpp_extension.CUDA_HOME = str(toolkit["nvcc"].parents[1])
+    extra = SANITIZERS + SANITIZE_FLAGS if sanitizes else []
+    link += SANITIZERS if sanitizes else []
     built = cpp_extension.CppExtension(
         "efficient_densenet._C",
         [str(path.relative_to(ROOT)) for glob in patterns for path in sorted(ROOT.glob(glob))],
         include_dirs=include_dirs,
         define_macros=list(macros.items()),
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + extra, "nvcc": NVCC_FLAGS},
         extra_link_args=link,
     )
     built.libraries = ["torch_cpu"]  # home of the stable ABI; c10, torch_python are not needed
@@ -121,7 +127,8 @@ def extension(toolkit):
 
 
 if __name__ == "__main__":
-    requested = os.environ.get("EFFICIENT_DENSENET_CUDA", "")
+    sanitizes = os.environ.get("EFFICIENT_DENSENET_SANITIZE") == "1"
+    requested = "0" if sanitizes else os.environ.get("EFFICIENT_DENSENET_CUDA", "")
     found, why_not = choose_toolkit(requested, torch.version.cuda, candidate_homes())
 
     class BuildExtension(cpp_extension.BuildExtension):
@@ -132,6 +139,6 @@ if __name__ == "__main__":
 
     setup(
         install_requires=[f"torch>={MINIMUM_TORCH}"],
-        ext_modules=[extension(found)],
+        ext_modules=[extension(found, sanitizes)],
         cmdclass={"build_ext": BuildExtension},
     )

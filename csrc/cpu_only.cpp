@@ -50,7 +50,7 @@ int64_t packed_conv1x1_bytes(Element, WeightLayout, int64_t, int64_t, int64_t) {
 void pack_conv1x1(Element, WeightLayout, int64_t, const Conv1x1Weights&, void*, void*) {
   fail_without_cuda();
 }
-void bn_relu_conv1x1(const KernelArgs&, const BatchNorm&, const void*, int64_t, const float*,
+void bn_relu_conv1x1(const KernelArgs&, const BatchNorm&, const void*, int64_t, const FoldedNorm&,
                      const View&, const Statistics*) {
   fail_without_cuda();
 }

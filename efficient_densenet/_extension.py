@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from . import __version__
 
@@ -71,6 +72,18 @@ def _load() -> Any:
 
 _C = _load()
 
+
+def check_one_device(*arguments: Any) -> None:
+    """Torch calls what stands for an operator on fake tensors if any of them is on the meta device,
+    whatever the others are; then nothing would be computed, without a word.
+    """
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"{__package__}: expected all tensors on one device, got {names}")
+
+
 # On fake tensors, operators that only write to their arguments do nothing.
 for _name in (
     "bn_relu_conv1x1",
@@ -83,7 +96,7 @@ for _name in (
     "dense_block_layers_backward",
     "update_running_statistics",
 ):
-    torch.library.register_fake(f"{__package__}::{_name}", lambda *arguments: None)
+    torch.library.register_fake(f"{__package__}::{_name}", check_one_device)
 
 
 def build_info() -> dict[str, str | None]:

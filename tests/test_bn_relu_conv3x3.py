@@ -449,9 +449,12 @@ def test_why_not_on_tensor_cores():
 
 
 @requires_tensor_cores
+@pytest.mark.parametrize("spread, weight", [(1, 1), (175, 0.01), (0.01, 1)], ids=str)
 @by_dtype
-def test_evaluation_folds_norm2(dtype, tf32):
-    """Into conv1, where nothing is kept; as exact as plain modules."""
+def test_evaluation_folds_norm2(dtype, spread, weight, tf32):
+    """Into conv1's kernel, where nothing is kept; as exact as plain modules, also where the product
+    of norm2's scale and a weight is a number that float16 does not have.
+    """
     torch.manual_seed(0)
     block = DenseBlock(5, 16, 12).cuda()
     for module in block.modules():
@@ -460,6 +463,13 @@ def test_evaluation_folds_norm2(dtype, tf32):
             module.running_var.uniform_(0.5, 2)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias)
+    with torch.no_grad():
+        for layer in block.children():
+            layer.conv1.weight *= spread  # z, and its statistics
+            layer.norm2.running_mean *= spread
+            layer.norm2.running_var *= spread**2
+            layer.norm2.weight *= weight
+            layer.norm2.bias *= weight
     plain = DenseBlock(5, 16, 12, efficient=False).cuda()
     plain.load_state_dict(block.state_dict())
     block.to(dtype).eval(), plain.to(dtype).eval()

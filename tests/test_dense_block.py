@@ -393,9 +393,7 @@ def test_opcheck(device, norms, recompute):
     with Recorded() as recorded:
         dense_block(p.x, p.layers, 0.2, recompute).sum().backward()
     names = [func.__name__ for func, _ in recorded.calls]
-    expected = [
-        "dense_block_layers", "update_running_statistics", "dense_block_layers_backward"
-    ]  # fmt: skip
+    expected = ["dense_block_layers", "update_running_statistics", "dense_block_layers_backward"]
     assert [name.removesuffix(".default") for name in names] == expected
     for func, args in recorded.calls:
         torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))

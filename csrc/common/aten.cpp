@@ -6,12 +6,24 @@
 #include <array>
 #include <string>
 
+namespace efficient_densenet {
+
+Tensor reinterpret(const Tensor& tensor, int64_t offset, const Sizes& sizes, const Sizes& strides) {
+  AtenTensorHandle result = nullptr;
+  if (aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.data(), strides.data(),
+                                     offset, &result) != 0) {
+    fail("efficient_densenet", "aoti_torch__reinterpret_tensor failed");
+  }
+  return Tensor(result);
+}
+
+}  // namespace efficient_densenet
+
 namespace efficient_densenet::aten {
 namespace {
 
 using torch::stable::detail::from;
 using torch::stable::detail::to;
-using Sizes = std::vector<int64_t>;
 
 // The function is newer than the oldest torch that this module runs beside.
 std::string last_error() {
@@ -41,6 +53,15 @@ void call_and_drop_result(const char* name, const char* overload,
   to<Tensor>(stack[0]);
 }
 
+// Under autocast, torch's convolutions answer in its dtype, whatever they were given.
+const Tensor& in_dtype_of(const Tensor& x, const Tensor& result) {
+  EFFICIENT_DENSENET_CHECK(result.scalar_type() == x.scalar_type(), "efficient_densenet",
+                           "a convolution of ", describe(x.scalar_type()), " answered in ",
+                           describe(result.scalar_type()),
+                           ": call the operator where autocast is disabled");
+  return result;
+}
+
 struct Convolution {
   Sizes stride, padding, dilation, output_padding;
 
@@ -50,6 +71,25 @@ struct Convolution {
     output_padding = Sizes(padding.size(), 0);
   }
 };
+
+// A convolution's operand as torch computes it rightly. In bfloat16, on the CPU, torch 2.11 to 2.14
+// convolve three dimensions wrongly with channels-last strides where images are smaller than the
+// kernel, and write the weight's gradient out of bounds. They take the strides of a single channel,
+// which fit both formats, for channels-last. So such tensors get contiguous memory and its strides.
+Tensor operand(const Tensor& tensor) {
+  if (!tensor.device().is_cpu() || tensor.dim() != 5 ||
+      tensor.scalar_type() != ScalarType::BFloat16) {
+    return tensor;
+  }
+  Sizes sizes(5), strides(5);
+  int64_t stride = 1;
+  for (int64_t d = 4; d >= 0; --d) {
+    sizes[d] = tensor.size(d);
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  return reinterpret(torch::stable::contiguous(tensor), 0, sizes, strides);
+}
 
 }  // namespace
 
@@ -87,28 +127,20 @@ void sum_out(const Tensor& x, const Tensor& out) {
 
 Tensor convolution(const Tensor& x, const Tensor& weight) {
   const Convolution c(weight);
-  std::array<StableIValue, 9> stack{from(x),        from(weight),           from(std::nullopt),
-                                    from(c.stride), from(c.padding),        from(c.dilation),
-                                    from(false),    from(c.output_padding), from(int64_t(1))};
+  std::array<StableIValue, 9> stack{from(operand(x)), from(operand(weight)),  from(std::nullopt),
+                                    from(c.stride),   from(c.padding),        from(c.dilation),
+                                    from(false),      from(c.output_padding), from(int64_t(1))};
   call("aten::convolution", "", stack);
-  return to<Tensor>(stack[0]);
+  return in_dtype_of(x, to<Tensor>(stack[0]));
 }
 
 ConvolutionGradients convolution_backward(const Tensor& grad_y, const Tensor& x,
-                                          const Tensor& weight, bool wants_x, bool wants_weight) {
-  if (x.device().is_cpu() && x.dim() == 5 && x.scalar_type() == ScalarType::BFloat16 &&
-      !x.is_contiguous()) {
-    // With channels-last memory, torch 2.11 to 2.14 leave the weight's gradient unwritten where
-    // images are smaller than the kernel.
-    using torch::stable::contiguous;
-    return convolution_backward(contiguous(grad_y), contiguous(x), contiguous(weight), wants_x,
-                                wants_weight);
-  }
+                                          const Tensor& weight, bool needs_x, bool needs_weight) {
   const Convolution c(weight);
-  const bool wanted[] = {wants_x, wants_weight, false};
-  std::array<StableIValue, 11> stack{from(grad_y),
-                                     from(x),
-                                     from(weight),
+  const bool needs[] = {needs_x, needs_weight, false};
+  std::array<StableIValue, 11> stack{from(operand(grad_y)),
+                                     from(operand(x)),
+                                     from(operand(weight)),
                                      from(std::nullopt),
                                      from(c.stride),
                                      from(c.padding),
@@ -116,12 +148,12 @@ ConvolutionGradients convolution_backward(const Tensor& grad_y, const Tensor& x,
                                      from(false),
                                      from(c.output_padding),
                                      from(int64_t(1)),
-                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted))};
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(needs))};
   call("aten::convolution_backward", "", stack);
   ConvolutionGradients gradients;
   std::array<Tensor, 3> results{to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
-  if (wants_x) gradients.x = results[0];
-  if (wants_weight) gradients.weight = results[1];
+  if (needs_x) gradients.x = in_dtype_of(x, results[0]);
+  if (needs_weight) gradients.weight = in_dtype_of(x, results[1]);
   return gradients;
 }
 

@@ -5,9 +5,33 @@
 // which that dispatcher does not pass on: no addmm, no add.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include "common/tensors.h"
 
+namespace efficient_densenet {
+
+// A tensor in the memory of another one, without the dispatcher.
+Tensor reinterpret(const Tensor& tensor, int64_t offset, const Sizes& sizes, const Sizes& strides);
+
+}  // namespace efficient_densenet
+
 namespace efficient_densenet::aten {
+
+// Turns gradients off for as long as it lives: the operators write to memory of their caller, which
+// ATen refuses for tensors that require gradients.
+class GradModeOff {
+ public:
+  GradModeOff() : before_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~GradModeOff() { aoti_torch_grad_mode_set_enabled(before_); }
+  GradModeOff(const GradModeOff&) = delete;
+  GradModeOff& operator=(const GradModeOff&) = delete;
+
+ private:
+  bool before_;
+};
 
 // out = a b
 void mm_out(const Tensor& a, const Tensor& b, const Tensor& out);
@@ -31,7 +55,7 @@ struct ConvolutionGradients {
   std::optional<Tensor> x, weight;  // those that were asked for
 };
 ConvolutionGradients convolution_backward(const Tensor& grad_y, const Tensor& x,
-                                          const Tensor& weight, bool wants_x, bool wants_weight);
+                                          const Tensor& weight, bool needs_x, bool needs_weight);
 
 // x where the mask is set, times scale, else 0: forward and backward of dropout.
 Tensor apply_dropout(const Tensor& x, const Tensor& mask, double scale);

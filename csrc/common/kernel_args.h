@@ -35,7 +35,7 @@ struct View {
 // One tensor of the list and its place in the concatenation.
 struct Feature {
   View x;
-  View grad_x;  // data is null where no gradient is wanted
+  View grad_x;  // data is null where no gradient is needed
   int64_t first_channel;
   int64_t channels;
 };
@@ -52,15 +52,20 @@ struct KernelArgs {
 
 // Per-channel arrays [C]. Weight and bias are float or double (is_double) and may be null: 1 and 0.
 //
-// Statistics are always double: they are few. Kernels subtract a rounded mean m from x and fold the
-// rest into the bias: (x - m) * scale + (bias - (mean - m) * scale). So where the mean is a
-// thousand standard deviations, y keeps the digits that a float mean would lose.
+// Statistics are always double: they are few. Kernels subtract a rounded mean m from x and fold
+// what it lacks into the bias: (x - m) * scale + (bias - (mean - m) * scale). So where the mean is
+// a thousand standard deviations, y keeps the digits that a float mean would lose.
 struct BatchNorm {
   const double* mean;
   const double* var;
   const void* weight;
   const void* bias;
   double eps;
+};
+
+// scale z + bias of a norm whose statistics are known beforehand, [C]; null: no norm.
+struct FoldedNorm {
+  const float *scale, *bias;
 };
 
 struct Statistics {

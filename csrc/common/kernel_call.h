@@ -16,14 +16,12 @@ struct NormTensors {
 
 class KernelCall {
  public:
+  // x is called `name` by the operator.
   KernelCall(const char* op, const char* name, const Tensor& x, const NormTensors& norm)
-      : op_(op),
-        x_(x),
-        launch_(x.device()),
-        element_(element_of(op, name, x)),
-        rows_(x.size(0)),
-        channels_(x.size(1)) {
-    check(rows_ > 0 && channels_ > 0, name, ": expected rows and channels");
+      : checks_(op, x.device()), x_(x), launch_(x.device()), element_(element_of(op, name, x)) {
+    checks_.expect(x.dim() == 2 && x.numel() > 0, name, x, "a matrix with rows and channels");
+    rows_ = x.size(0);
+    channels_ = x.size(1);
     const View view = check_matrix(name, x, x.scalar_type(), rows_, channels_);
     const auto optional = [&](const char* what, const std::optional<Tensor>& tensor) {
       return tensor ? numbers(what, *tensor, ScalarType::Float, channels_) : nullptr;
@@ -37,30 +35,19 @@ class KernelCall {
     args_.features = {{view, {}, 0, channels_}};
   }
 
-  void check(bool condition, const char* name, const char* what) const {
-    EFFICIENT_DENSENET_CHECK(condition, op_, name, what);
-  }
+  const ArgumentChecks& checks() const { return checks_; }
 
-  void check_kernels(const std::string& why) const {
-    check(why.empty(), "no kernels: ", why.c_str());
-  }
+  void check_kernels(const std::string& why) const { checks_.check(why.empty(), why); }
 
   // A matrix on the device of x; its rows may be apart.
   View check_matrix(const char* name, const Tensor& tensor, ScalarType dtype, int64_t rows,
                     int64_t columns) const {
-    check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
-          ": expected a matrix of other sizes");
-    check(tensor.scalar_type() == dtype && tensor.device() == x_.device() &&
-              (tensor.stride(1) == 1 || columns == 1),
-          name, ": expected another dtype or device, or columns next to each other");
-    return {tensor.data_ptr(), 1, {tensor.stride(0)}};
+    const int64_t stride = checks_.channels_last(name, tensor, dtype, {rows, columns});
+    return {tensor.data_ptr(), 1, {stride}};
   }
 
   void* numbers(const char* name, const Tensor& tensor, ScalarType dtype, int64_t count) const {
-    check(tensor.numel() == count && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
-              tensor.device() == x_.device(),
-          name, ": expected contiguous memory on the device of x, of another dtype or size");
-    return tensor.data_ptr();
+    return checks_.contiguous(name, tensor, dtype, count);
   }
 
   // mean and var of a result, [2, channels].
@@ -86,7 +73,7 @@ class KernelCall {
   KernelArgs& args() { return args_; }
 
  private:
-  const char* op_;
+  ArgumentChecks checks_;
   const Tensor& x_;
   Launcher launch_;
   Element element_;

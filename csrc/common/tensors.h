@@ -36,14 +36,6 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
   return torch::stable::empty(sizes, dtype, std::nullopt, device);
 }
 
-inline bool same_rows(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (d != 1 && a.size(d) != b.size(d)) return false;
-  }
-  return true;
-}
-
 // Of a call's arrays [C], one number per channel: checks, pointers, new ones.
 struct ChannelArrays {
   const char* op;
@@ -52,14 +44,7 @@ struct ChannelArrays {
   Device device;
 
   void* pointer(const char* name, const Tensor& tensor, ScalarType dtype) const {
-    EFFICIENT_DENSENET_CHECK(
-        tensor.dim() == 1 && tensor.size(0) == channels && tensor.is_contiguous(), op, name,
-        ": expected a contiguous tensor of length ", channels);
-    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == dtype, op, name,
-                             ": expected float64 for mean, var and float64 features, else float32");
-    EFFICIENT_DENSENET_CHECK(tensor.device() == device, op, name,
-                             ": device differs from that of the features");
-    return tensor.data_ptr();
+    return ArgumentChecks(op, device).contiguous(name, tensor, dtype, Sizes{channels});
   }
 
   void* parameter(const char* name, const std::optional<Tensor>& tensor) const {
@@ -81,19 +66,18 @@ struct ChannelArrays {
 class Geometry {
  public:
   Geometry(const char* op, const char* name, const Tensor& first)
-      : op_(op), name_(name), first_(first) {
-    EFFICIENT_DENSENET_CHECK(first.dim() >= 2 && first.dim() <= 1 + kMaxRowDims, op, name,
-                             ": expected [N, C, *spatial] with 0 to 3 spatial dimensions, got ",
-                             first.dim(), " dimensions");
+      : checks_(op, first.device()), first_(first) {
+    checks_.expect(first.dim() >= 2 && first.dim() <= 1 + kMaxRowDims, name, first,
+                   "[N, C, *spatial] with 0 to 3 spatial dimensions");
   }
 
-  void add(const char* name, const Tensor& tensor, View* view) {
-    EFFICIENT_DENSENET_CHECK(same_rows(first_, tensor), op_, name,
-                             ": batch or spatial sizes differ from ", name_);
-    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == first_.scalar_type(), op_, name,
-                             ": dtype differs from ", name_);
-    EFFICIENT_DENSENET_CHECK(tensor.device() == first_.device(), op_, name,
-                             ": device differs from ", name_);
+  // Sizes are those of the first tensor, but for the channels.
+  void add(const char* name, const Tensor& tensor, int64_t channels, Access access, View* view) {
+    Sizes sizes;
+    for (int64_t d = 0; d < first_.dim(); ++d) sizes.push_back(first_.size(d));
+    sizes[1] = channels;
+    checks_.has_sizes(name, tensor, sizes);
+    checks_.any_strides(name, tensor, first_.scalar_type(), access);
     view->data = tensor.data_ptr();
     view->channel_stride = tensor.stride(1);
     tensors_.push_back(tensor);
@@ -132,8 +116,7 @@ class Geometry {
     return true;
   }
 
-  const char* op_;
-  const char* name_;  // of the first tensor
+  ArgumentChecks checks_;
   Tensor first_;
   Tensors tensors_;
   std::vector<View*> views_;

@@ -2,15 +2,15 @@
 //
 // Tiling: the windows of a line (the last dimension) that have the same places inside the image, or
 // the pixels of a line that lie in windows alike, are the rows of a matrix: the first one, the last
-// one, and all between. Channels are its columns; where they are not next to each other, lines are
-// copied to scratch in which they are, and back. Threads share the lines.
-// Backward: each pixel gathers, from the at most 2^dims windows that it lies in, what it won. That
-// fills grad_x, from which concat_bn_relu_backward goes on in place.
-// Bytes: forward reads x once and writes y and the winners, 1 + 1 / s bytes per 2^dims elements of
-// x of s bytes each. Backward reads grad_y and the winners, writes grad_x, and then moves as much
-// as concat_bn_relu_backward: to gather twice instead would save a write and a read of the size of
-// x where that is larger than the cache, and cost sums and gradients of its own. Limit: forward,
-// the arithmetic of the 3^dims places; backward, memory bandwidth.
+// one, and all between. NormCoefficients are its columns; where they are not next to each other,
+// lines are copied to scratch in which they are, and back. Threads share the lines. Backward: each
+// pixel gathers, from the at most 2^dims windows that it lies in, what it won. That fills grad_x,
+// from which concat_bn_relu_backward goes on in place. Bytes: forward reads x once and writes y and
+// the winners, 1 + 1 / s bytes per 2^dims elements of x of s bytes each. Backward reads grad_y and
+// the winners, writes grad_x, and then moves as much as concat_bn_relu_backward: to gather twice
+// instead would save a write and a read of the size of x where that is larger than the cache, and
+// cost sums and gradients of its own. Limit: forward, the arithmetic of the 3^dims places;
+// backward, memory bandwidth.
 #include "operators/bn_relu_max_pool.h"
 
 #include "cpu/rows.h"
@@ -115,8 +115,8 @@ class Line {
 };
 
 // The places of a window that are inside the image, from pixel 2 o.
-Window places_of(const Position& window, const RowSpace& rows, const View& x) {
-  Window found{};
+PoolingWindow places_of(const Position& window, const RowSpace& rows, const View& x) {
+  PoolingWindow found{};
   for (int i = 0; i < kPlaces * kPlaces * kPlaces; ++i) {
     const int places[] = {i / (kPlaces * kPlaces), i / kPlaces % kPlaces, i % kPlaces};
     int64_t offset = 0;
@@ -132,8 +132,8 @@ Window places_of(const Position& window, const RowSpace& rows, const View& x) {
 }
 
 // The windows that a pixel lies in, from window o, and the place that it has in each.
-Window windows_of(const Position& pixel, const RowSpace& pooled, const View& y) {
-  Window found{};
+PoolingWindow windows_of(const Position& pixel, const RowSpace& pooled, const View& y) {
+  PoolingWindow found{};
   for (int i = 0; i < 1 << (kMaxRowDims - 1); ++i) {
     const int nexts[] = {i >> 2, i >> 1 & 1, i & 1};
     int places[kMaxRowDims - 1];
@@ -166,7 +166,7 @@ void in_parallel_lines(const RowSpace& rows, int64_t channels, const Body& body)
 }
 
 template <typename T>
-void pool_lines(const KernelArgs& args, const Channels<T>& channels, const Pooled& pooled,
+void pool_lines(const KernelArgs& args, const NormCoefficients<T>& channels, const Pooled& pooled,
                 int64_t begin, int64_t end) {
   const RowSpace windows = pooled_rows(args.rows);
   const Shape shape{windows.sizes[kMaxRowDims - 1], args.channels};
@@ -224,7 +224,7 @@ void unpool_lines(const KernelArgs& args, const Pooled& pooled, const View& grad
 void bn_relu_max_pool(const KernelArgs& args, const BatchNorm& bn, const Pooled& pooled) {
   dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Channels<T> channels(bn, args.channels, 1);
+    const NormCoefficients<T> channels(bn, args.channels, 1);
     in_parallel_lines(pooled_rows(args.rows), args.channels, [&](int64_t begin, int64_t end) {
       pool_lines(args, channels, pooled, begin, end);
     });

@@ -10,8 +10,8 @@ namespace efficient_densenet::cpu {
 void concat_bn_relu(const KernelArgs& args, const BatchNorm& bn, const View& y) {
   dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Walk walk(args);
-    const Channels<T> channels(bn, args.channels, walk.repeat());
+    const TileWalk walk(args);
+    const NormCoefficients<T> channels(bn, args.channels, walk.repeat());
     walk.for_each_tile([&](const Tile& tile) {
       loops<T>().normalise(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
                            walk.of_all<T>(y, tile), channels.at(tile.column));

@@ -16,8 +16,8 @@ void concat_bn_relu_backward(const KernelArgs& args, const BatchNorm& bn,
                              const Gradients& gradients) {
   dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Walk walk(args);
-    const Channels<T> channels(bn, args.channels, walk.repeat());
+    const TileWalk walk(args);
+    const NormCoefficients<T> channels(bn, args.channels, walk.repeat());
     const auto sums = walk.sums([&](const Tile& tile, double* dz, double* dz_centred) {
       loops<T>().accumulate(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
                             walk.of_all<const T>(gradients.grad_y, tile), {}, Write::kNothing,
@@ -27,13 +27,15 @@ void concat_bn_relu_backward(const KernelArgs& args, const BatchNorm& bn,
     const Correction correction{s1.data(), s2.data()};
     finish_sums(channels, sums.data(), gradients.grad_weight, gradients.grad_bias,
                 gradients.batch_statistics, true, correction);
-    const BatchTerm<T> term(correction, channels.rest, args.rows.count, walk.repeat());
+    const BatchTerm<T> term(correction, channels.mean_residual, args.rows.count, walk.repeat());
+    const bool corrects = gradients.batch_statistics;
     walk.for_each_tile([&](const Tile& tile) {
       if (tile.feature.grad_x.data == nullptr) return;
       loops<T>().gradient(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
                           walk.of_all<const T>(gradients.grad_y, tile),
                           walk.of_feature<T>(tile.feature.grad_x, tile), channels.at(tile.column),
-                          &term.offset[tile.column], &term.slope[tile.column]);
+                          corrects ? &term.offset[tile.column] : nullptr,
+                          corrects ? &term.slope[tile.column] : nullptr);
     });
   });
 }

@@ -1,5 +1,5 @@
 // mean[c] and biased var[c] over the rows of each channel of a list of tensors; on the way, where
-// wanted, a copy of all channels.
+// needed, a copy of all channels.
 //
 // Method: sums in double of x - pivot and of its square, where the pivot of a channel is its value
 // in the first row. A value is never more than sqrt(M - 1) standard deviations from the mean of the
@@ -30,7 +30,7 @@ std::vector<double> pivots(const KernelArgs& args, int64_t repeat) {
 void concat_bn_stats(const KernelArgs& args, const Statistics& statistics) {
   dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Walk walk(args);
+    const TileWalk walk(args);
     const std::vector<double> pivot = pivots<T>(args, walk.repeat());
     const auto sums = walk.sums([&](const Tile& tile, double* sum, double* sum_of_squares) {
       const Matrix<T> copy =

@@ -1,4 +1,4 @@
-// The kernels of a dense block: formulas in ../dense_block.h.
+// The kernels of a dense block: formulas in dense_block/kernels.h.
 //
 // Tiling: rows.h, channels inner. With pooling, the pixels of a line (the last dimension) that have
 // the same place in their windows form a matrix: every second row of the line. Its parents, one
@@ -6,7 +6,7 @@
 // columns forward, and the rows backward, where all rows of an image have one parent.
 // Bytes, per element of x:
 //   accumulate  x and grad_y read once, G read (but by the first reader) and written once
-//   finalise    x and G read once, grad_x written once
+//   apply_bn_correction    x and G read once, grad_x written once
 //   pool        x read once, y written once
 // Limit: memory bandwidth. Where a chunk of rows fits the L2 cache, grad_y comes from there.
 #include "cpu/correction.h"
@@ -58,9 +58,9 @@ void fill_with_zeros(const Matrix<T>& matrix, const Shape& shape) {
 }
 
 template <typename T>
-std::vector<double> accumulate(const KernelArgs& args, const Channels<T>& channels,
+std::vector<double> accumulate(const KernelArgs& args, const NormCoefficients<T>& channels,
                                const NormGradArgs& norm_grad) {
-  const Walk walk(args);
+  const TileWalk walk(args);
   const Write mode = norm_grad.first_reader ? Write::kAssign : Write::kAdd;
   return walk.sums([&](const Tile& tile, double* dz, double* dz_centred) {
     loops<T>().accumulate(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
@@ -73,7 +73,7 @@ std::vector<double> accumulate(const KernelArgs& args, const Channels<T>& channe
 // The mean over a window hands each of its pixels an equal share of the gradient. Shares are powers
 // of two, so they may be taken from the scale and from the sums.
 template <typename T>
-std::vector<double> accumulate_pooled(const KernelArgs& args, const Channels<T>& channels,
+std::vector<double> accumulate_pooled(const KernelArgs& args, const NormCoefficients<T>& channels,
                                       const NormGradArgs& norm_grad) {
   const Pooling& pooling = *norm_grad.pooling;
   const Write mode = norm_grad.first_reader ? Write::kAssign : Write::kAdd;
@@ -110,7 +110,7 @@ std::vector<double> accumulate_pooled(const KernelArgs& args, const Channels<T>&
 
 // The same for the mean over an image: a line of grad_y that all of its rows read.
 template <typename T>
-std::vector<double> accumulate_averaged(const KernelArgs& args, const Channels<T>& channels,
+std::vector<double> accumulate_averaged(const KernelArgs& args, const NormCoefficients<T>& channels,
                                         const NormGradArgs& norm_grad) {
   const int64_t pixels = norm_grad.pooling->window;
   const Write mode = norm_grad.first_reader ? Write::kAssign : Write::kAdd;
@@ -135,7 +135,7 @@ std::vector<double> accumulate_averaged(const KernelArgs& args, const Channels<T
 }
 
 template <typename T>
-std::vector<double> accumulate_any(const KernelArgs& args, const Channels<T>& channels,
+std::vector<double> accumulate_any(const KernelArgs& args, const NormCoefficients<T>& channels,
                                    const NormGradArgs& norm_grad) {
   if (norm_grad.pooling == nullptr) return accumulate(args, channels, norm_grad);
   if (norm_grad.pooling->of_images()) return accumulate_averaged(args, channels, norm_grad);
@@ -144,8 +144,8 @@ std::vector<double> accumulate_any(const KernelArgs& args, const Channels<T>& ch
 
 // y = mean of relu(bn(x)) over each image
 template <typename T>
-void average_images(const KernelArgs& args, const Channels<T>& channels, const Pooling& pooling,
-                    const View& y) {
+void average_images(const KernelArgs& args, const NormCoefficients<T>& channels,
+                    const Pooling& pooling, const View& y) {
   constexpr int64_t kColumns = 64;  // of an item of work
   const int64_t pixels = pooling.window, columns = args.channels;
   const int64_t parts = (columns + kColumns - 1) / kColumns;
@@ -171,7 +171,7 @@ void accumulate_norm_grad(const KernelArgs& args, const BatchNorm& bn,
                           const NormGradArgs& norm_grad) {
   dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Channels<T> channels(bn, args.channels, Walk(args).repeat());
+    const NormCoefficients<T> channels(bn, args.channels, TileWalk(args).repeat());
     const std::vector<double> sums = accumulate_any(args, channels, norm_grad);
     for (size_t i = 0; i < sums.size(); ++i) {
       norm_grad.sums[i] = (norm_grad.first_chunk ? 0 : norm_grad.sums[i]) + sums[i];
@@ -187,20 +187,20 @@ void apply_bn_correction(const KernelArgs& args, const View& grad_features, cons
   dispatch(args.element, [&](auto element) {
     using T = decltype(element);
     using Acc = acc_t<T>;
-    const Walk walk(args);
+    const TileWalk walk(args);
     std::vector<Acc> rounded(args.channels * walk.repeat());
-    std::vector<double> rest(args.channels);
+    std::vector<double> mean_residual(args.channels);
     for (int64_t c = 0; c < args.channels; ++c) {
-      rest[c] = mean[c] - static_cast<Acc>(mean[c]);
+      mean_residual[c] = mean[c] - static_cast<Acc>(mean[c]);
       std::fill_n(&rounded[c * walk.repeat()], walk.repeat(), static_cast<Acc>(mean[c]));
     }
-    const BatchTerm<T> term(correction, rest, args.rows.count, walk.repeat());
+    const BatchTerm<T> term(correction, mean_residual, args.rows.count, walk.repeat());
     walk.for_each_tile([&](const Tile& tile) {
       loops<T>().apply_bn_correction(tile.shape, walk.of_feature<const T>(tile.feature.x, tile),
                                      walk.of_all<const Acc>(grad_features, tile),
                                      walk.of_feature<T>(tile.feature.grad_x, tile),
                                      &rounded[tile.column], &term.offset[tile.column],
-                                     &term.rest[tile.column], &term.slope[tile.column]);
+                                     &term.offset_residual[tile.column], &term.slope[tile.column]);
     });
   });
 }
@@ -209,13 +209,13 @@ void average_pool(const KernelArgs& args, const BatchNorm& bn, const Pooling& po
                   const View& y) {
   dispatch(args.element, [&](auto element) {
     using T = decltype(element);
-    const Channels<T> channels(bn, args.channels, 1);
+    const NormCoefficients<T> channels(bn, args.channels, 1);
     if (pooling.of_images()) return average_images(args, channels, pooling, y);
     const View& x = args.features[0].x;
     const int64_t width = line_width(pooling), pooled_width = width / 2;
 
     // Corner `i` of a window is one pixel further in the dimensions whose bits are set in `i`.
-    Window window{};
+    PoolingWindow window{};
     window.size = 1 << pooling.dims;
     int64_t pooled_lines = pooling.images, stride = x.row_strides[0];
     for (int d = pooling.dims - 1, bit = 1; d >= 0; --d, bit *= 2) {

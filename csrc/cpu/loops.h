@@ -36,7 +36,7 @@ struct Matrix {
 
 // Of y = relu((x - mean) * scale + bias), for each column.
 template <typename T>
-struct Numbers {
+struct NormPointers {
   const acc_t<T>*mean, *scale, *bias;
 };
 
@@ -44,7 +44,7 @@ enum class Write { kNothing, kAssign, kAdd };
 
 // Pixels of a pooling window, or windows of a pixel, as offsets of elements from one of them. For
 // max pooling, the place of the pixel in the window.
-struct Window {
+struct PoolingWindow {
   int64_t offsets[27];
   uint8_t places[27];
   int size;
@@ -60,27 +60,29 @@ struct Loops {
   // Adds x - pivot and its square to the sums; copies x where copy has data.
   void (*moments)(Shape, Matrix<const T> x, Matrix<T> copy, const double* pivot, double* sum,
                   double* sum_of_squares);
-  void (*normalise)(Shape, Matrix<const T> x, Matrix<T> y, Numbers<T>);
+  void (*normalise)(Shape, Matrix<const T> x, Matrix<T> y, NormPointers<T>);
   // With dz = grad_y where the ReLU was open: writes factor * dz to g, adds dz and dz * (x - mean)
   // to the sums.
   void (*accumulate)(Shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<acc_t<T>> g, Write,
-                     Numbers<T>, const acc_t<T>* factor, double* dz, double* dz_centred);
-  // grad_x = scale * dz - offset - (x - mean) * slope; grad_y may be the memory of grad_x.
-  void (*gradient)(Shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> grad_x, Numbers<T>,
-                   const acc_t<T>* offset, const acc_t<T>* slope);
-  // grad_x = g - (offset + ((x - mean) * slope + rest)): g meets a number that differs in every row
+                     NormPointers<T>, const acc_t<T>* factor, double* dz, double* dz_centred);
+  // grad_x = scale * dz - offset - (x - mean) * slope; grad_y may be the memory of grad_x. Without
+  // a slope, scale * dz: x may be infinite where the ReLU is closed.
+  void (*gradient)(Shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> grad_x,
+                   NormPointers<T>, const acc_t<T>* offset, const acc_t<T>* slope);
+  // grad_x = g - (offset + ((x - mean) * slope + offset_residual)): g meets a number that differs
+  // in every row
   void (*apply_bn_correction)(Shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
-                              const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
-                              const acc_t<T>* slope);
+                              const acc_t<T>* mean, const acc_t<T>* offset,
+                              const acc_t<T>* offset_residual, const acc_t<T>* slope);
   // Adds relu(normalise(x)) to the sums.
-  void (*activations)(Shape, Matrix<const T> x, Numbers<T>, double* sum);
+  void (*activations)(Shape, Matrix<const T> x, NormPointers<T>, double* sum);
   // y = mean of relu(normalise(x)) over a window
-  void (*pool)(Shape, Matrix<const T> x, const Window&, Matrix<T> y, Numbers<T>);
+  void (*pool)(Shape, Matrix<const T> x, const PoolingWindow&, Matrix<T> y, NormPointers<T>);
   // y = maximum of relu(normalise(x)) over a window, and the place of the first pixel that has it
-  void (*max_pool)(Shape, Matrix<const T> x, const Window&, Matrix<T> y, Matrix<uint8_t> winners,
-                   Numbers<T>);
+  void (*max_pool)(Shape, Matrix<const T> x, const PoolingWindow&, Matrix<T> y,
+                   Matrix<uint8_t> winners, NormPointers<T>);
   // grad_x = sum of grad_y over the windows of a pixel that it won
-  void (*unpool)(Shape, Matrix<const T> grad_y, Matrix<const uint8_t> winners, const Window&,
+  void (*unpool)(Shape, Matrix<const T> grad_y, Matrix<const uint8_t> winners, const PoolingWindow&,
                  Matrix<T> grad_x);
 };
 

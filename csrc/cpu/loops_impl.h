@@ -133,8 +133,8 @@ EFFICIENT_DENSENET_INLINE T* at(const Matrix<T>& matrix, int64_t row, int64_t co
   return matrix.data + row * matrix.row_stride + column * matrix.column_stride;
 }
 
-template <typename V, typename Numbers>
-EFFICIENT_DENSENET_INLINE V normalise(const V& x, const Numbers& numbers) {
+template <typename V, typename NormPointers>
+EFFICIENT_DENSENET_INLINE V normalise(const V& x, const NormPointers& numbers) {
   return (x - numbers.mean) * numbers.scale + numbers.bias;
 }
 
@@ -145,7 +145,7 @@ struct Strip {
 };
 
 template <int W, typename T>
-EFFICIENT_DENSENET_INLINE Strip<T, W> load_strip(const Numbers<T>& numbers, int64_t column) {
+EFFICIENT_DENSENET_INLINE Strip<T, W> load_strip(const NormPointers<T>& numbers, int64_t column) {
   return {load<W>(numbers.mean + column), load<W>(numbers.scale + column),
           load<W>(numbers.bias + column)};
 }
@@ -214,7 +214,7 @@ void moments(Shape shape, Matrix<const T> x, Matrix<T> copy, const double* pivot
 }
 
 template <typename T>
-void normalise(Shape shape, Matrix<const T> x, Matrix<T> y, Numbers<T> numbers) {
+void normalise(Shape shape, Matrix<const T> x, Matrix<T> y, NormPointers<T> numbers) {
   const bool neighbours = columns_are_neighbours(x, y);
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;
@@ -227,7 +227,7 @@ void normalise(Shape shape, Matrix<const T> x, Matrix<T> y, Numbers<T> numbers) 
 
 template <typename T>
 void accumulate(Shape shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<acc_t<T>> g,
-                Write mode, Numbers<T> numbers, const acc_t<T>* factor, double* dz_sum,
+                Write mode, NormPointers<T> numbers, const acc_t<T>* factor, double* dz_sum,
                 double* dz_centred_sum) {
   const bool neighbours =
       columns_are_neighbours(x, grad_y) && (mode == Write::kNothing || columns_are_neighbours(g));
@@ -256,11 +256,18 @@ void accumulate(Shape shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<a
 
 template <typename T>
 void gradient(Shape shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> grad_x,
-              Numbers<T> numbers, const acc_t<T>* offset, const acc_t<T>* slope) {
+              NormPointers<T> numbers, const acc_t<T>* offset, const acc_t<T>* slope) {
   const bool neighbours = columns_are_neighbours(x, grad_y, grad_x);
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;
     const auto strip = load_strip<W>(numbers, c);
+    if (slope == nullptr) {
+      for (int64_t r = row; r < end; ++r) {
+        const auto z = normalise(load<W>(at(x, r, c)), strip);
+        store<W>(at(grad_x, r, c), strip.scale * masked<T>(z, load<W>(at(grad_y, r, c))));
+      }
+      return;
+    }
     const auto shift = load<W>(offset + c), steepness = load<W>(slope + c);
     for (int64_t r = row; r < end; ++r) {
       const auto value = load<W>(at(x, r, c));
@@ -273,12 +280,12 @@ void gradient(Shape shape, Matrix<const T> x, Matrix<const T> grad_y, Matrix<T> 
 
 template <typename T>
 void apply_bn_correction(Shape shape, Matrix<const T> x, Matrix<const acc_t<T>> g, Matrix<T> grad_x,
-                         const acc_t<T>* mean, const acc_t<T>* offset, const acc_t<T>* rest,
-                         const acc_t<T>* slope) {
+                         const acc_t<T>* mean, const acc_t<T>* offset,
+                         const acc_t<T>* offset_residual, const acc_t<T>* slope) {
   const bool neighbours = columns_are_neighbours(x, g, grad_x);
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;
-    const auto about = load<W>(mean + c), tail = load<W>(rest + c);
+    const auto about = load<W>(mean + c), tail = load<W>(offset_residual + c);
     const auto shift = load<W>(offset + c), steepness = load<W>(slope + c);
     for (int64_t r = row; r < end; ++r) {
       const auto correction = shift + ((load<W>(at(x, r, c)) - about) * steepness + tail);
@@ -288,7 +295,7 @@ void apply_bn_correction(Shape shape, Matrix<const T> x, Matrix<const acc_t<T>> 
 }
 
 template <typename T>
-void activations(Shape shape, Matrix<const T> x, Numbers<T> numbers, double* sum) {
+void activations(Shape shape, Matrix<const T> x, NormPointers<T> numbers, double* sum) {
   const bool neighbours = columns_are_neighbours(x);
   for_each_panel<kSumming>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;
@@ -302,7 +309,8 @@ void activations(Shape shape, Matrix<const T> x, Numbers<T> numbers, double* sum
 }
 
 template <typename T>
-void pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y, Numbers<T> numbers) {
+void pool(Shape shape, Matrix<const T> x, const PoolingWindow& window, Matrix<T> y,
+          NormPointers<T> numbers) {
   const bool neighbours = columns_are_neighbours(x, y);
   const acc_t<T> share = acc_t<T>(1) / window.size;
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
@@ -335,8 +343,8 @@ EFFICIENT_DENSENET_INLINE Vector<acc_t<T>, W> rounded(const Vector<acc_t<T>, W>&
 // The maximum begins at the 0 of the ReLU, so only what is larger replaces it; and NaN, as in
 // torch.
 template <typename T>
-void max_pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y,
-              Matrix<uint8_t> winners, Numbers<T> numbers) {
+void max_pool(Shape shape, Matrix<const T> x, const PoolingWindow& window, Matrix<T> y,
+              Matrix<uint8_t> winners, NormPointers<T> numbers) {
   const bool neighbours = columns_are_neighbours(x, y, winners);
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;
@@ -359,7 +367,7 @@ void max_pool(Shape shape, Matrix<const T> x, const Window& window, Matrix<T> y,
 
 template <typename T>
 void unpool(Shape shape, Matrix<const T> grad_y, Matrix<const uint8_t> winners,
-            const Window& windows, Matrix<T> grad_x) {
+            const PoolingWindow& windows, Matrix<T> grad_x) {
   const bool neighbours = columns_are_neighbours(grad_y, winners, grad_x);
   for_each_panel<kWide<T>>(shape, neighbours, [&](auto width, int64_t c, int64_t row, int64_t end) {
     constexpr int W = decltype(width)::value;

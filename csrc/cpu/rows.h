@@ -1,8 +1,8 @@
 // Shared by the CPU kernels: how tensors are walked as the matrices of loops.h, threads, sums,
 // per-channel numbers.
 //
-// Walk: channels inner (channels-last tensors) makes a feature's channels the columns. Rows inner
-// (all others) folds a run of rows of one channel to kLanes columns:
+// TileWalk: channels inner (channels-last tensors) makes a feature's channels the columns. Rows
+// inner (all others) folds a run of rows of one channel to kLanes columns:
 //
 //          channels inner                rows inner, one channel
 //   row 0  [c0 c1 c2 ...]                [row 0 ... row 15]
@@ -78,13 +78,14 @@ constexpr int64_t kLanes = 16;
 struct Tile {
   const Feature& feature;
   int64_t row, channel;  // the first ones; the channel in the feature
-  int64_t column;        // of the first column in per-channel arrays, see Walk::repeat
+  int64_t column;        // of the first column in per-channel arrays, see TileWalk::repeat
   Shape shape;
 };
 
-class Walk {
+class TileWalk {
  public:
-  explicit Walk(const KernelArgs& args) : args_(args), channels_inner_(channels_are_inner(args)) {}
+  explicit TileWalk(const KernelArgs& args)
+      : args_(args), channels_inner_(channels_are_inner(args)) {}
 
   // How often per-channel arrays hold each number: once per column of a channel.
   int64_t repeat() const { return channels_inner_ ? 1 : kLanes; }
@@ -171,11 +172,11 @@ class Walk {
 
   template <typename Body>
   static void for_each_fold(const Feature& feature, int64_t row, int64_t length, const Body& body) {
-    const int64_t whole = length / kLanes, left = length % kLanes;
+    const int64_t full = length / kLanes, left = length % kLanes;
     for (int64_t c = 0; c < feature.channels; ++c) {
       const int64_t column = (feature.first_channel + c) * kLanes;
-      if (whole > 0) body(Tile{feature, row, c, column, {whole, kLanes}});
-      if (left > 0) body(Tile{feature, row + whole * kLanes, c, column, {1, left}});
+      if (full > 0) body(Tile{feature, row, c, column, {full, kLanes}});
+      if (left > 0) body(Tile{feature, row + full * kLanes, c, column, {1, left}});
     }
   }
 
@@ -183,24 +184,24 @@ class Walk {
   const bool channels_inner_;
 };
 
-// Per-channel arrays of y = relu((x - mean) * scale + bias), the mean split as in BatchNorm: `rest`
-// is what its rounded value lacks, and `bias` makes up for it.
+// Per-channel arrays of y = relu((x - mean) * scale + bias), the mean split as in BatchNorm:
+// `mean_residual` is what its rounded value lacks, and `bias` makes up for it.
 template <typename T>
-class Channels {
+class NormCoefficients {
   using Acc = acc_t<T>;
 
  public:
-  // Repeated (Walk::repeat), for the loops.
+  // Repeated (TileWalk::repeat), for the loops.
   std::vector<Acc> mean, scale, bias;
   // One number per channel, for the sums.
-  std::vector<double> rest, inverse_std;
+  std::vector<double> mean_residual, inverse_std;
   const int64_t repeat;
 
-  Channels(const BatchNorm& bn, int64_t channels, int64_t repeat)
+  NormCoefficients(const BatchNorm& bn, int64_t channels, int64_t repeat)
       : mean(channels * repeat),
         scale(channels * repeat),
         bias(channels * repeat),
-        rest(channels),
+        mean_residual(channels),
         inverse_std(channels),
         repeat(repeat) {
     const auto read = [](const void* values, int64_t c, double otherwise) {
@@ -210,15 +211,17 @@ class Channels {
       inverse_std[c] = 1 / std::sqrt(bn.var[c] + bn.eps);
       const double exact_scale = read(bn.weight, c, 1) * inverse_std[c];
       const Acc rounded = round_mean(bn.mean[c], inverse_std[c]);
-      rest[c] = bn.mean[c] - rounded;
+      mean_residual[c] = bn.mean[c] - rounded;
       std::fill_n(&mean[c * repeat], repeat, rounded);
       std::fill_n(&scale[c * repeat], repeat, static_cast<Acc>(exact_scale));
       std::fill_n(&bias[c * repeat], repeat,
-                  static_cast<Acc>(read(bn.bias, c, 0) - rest[c] * exact_scale));
+                  static_cast<Acc>(read(bn.bias, c, 0) - mean_residual[c] * exact_scale));
     }
   }
 
-  Numbers<T> at(int64_t column) const { return {&mean[column], &scale[column], &bias[column]}; }
+  NormPointers<T> at(int64_t column) const {
+    return {&mean[column], &scale[column], &bias[column]};
+  }
 
  private:
   // A multiple of the power of two next to the standard deviation: 0 where the mean is small, and

@@ -112,7 +112,7 @@ void Block::backward_conv1(Backward& state, int64_t layer, const TensorMatrix& g
         packed_conv1_[static_cast<int>(WeightLayout::kGradInput)].at(layer));
   }
   const Tensor weight = conv1(arguments_.conv1, layer);
-  const std::vector<RowChunk> chunks = row_chunks(channels);
+  const std::vector<RowChunk> chunks = backward_chunks(channels);
   std::optional<Tensor> partial;  // the weight's gradient, one sum per chunk
   if (grad_weight && chunks.size() > 1) {
     partial = empty({static_cast<int64_t>(chunks.size()), bottleneck_, channels},
@@ -188,7 +188,7 @@ void Block::backward_conv2_input(Backward& state, int64_t layer, KernelArgs& arg
   const TensorMatrix grad_z = scratch(&grad_z_, rows_ * bottleneck_, bottleneck_);
   const Gathered gathered{state.grad_features.at(0, begin).view(),
                           features_.at(0, begin).view(),
-                          mean_ + begin,
+                          has_batch_statistics_reader(begin) ? mean_ + begin : nullptr,
                           {state.s1 + begin, state.s2 + begin}};
   args.features[0].grad_x = grad_z.view();
   launch_(cuda::bn_relu_conv3x3_grad_input, args, norm.bn, image(), packed_conv2_[true].at(layer),
@@ -228,7 +228,7 @@ void Block::backward_layer(Backward& state, int64_t layer, const std::optional<T
     const TensorMatrix grad_z = backward_conv2(state, layer, z, grad_conv2);
     return backward_conv1(state, layer, grad_z, false, grad_conv1);
   }
-  const bool a1_is_ready = !arguments_.z && row_chunks(channels_before(layer)).size() == 1;
+  const bool a1_is_ready = !arguments_.z && backward_chunks(channels_before(layer)).size() == 1;
   const Tensor grad_z = backward_aten_conv2(state, layer, z, grad_conv2.has_value());
   backward_conv1(state, layer, matrix_of(grad_z), a1_is_ready, grad_conv1);
 }

@@ -8,6 +8,10 @@ namespace {
 // The normalised rows of so many bytes are multiplied while they are still in the cache.
 constexpr int64_t kChunkBytesCuda = 32 << 20, kChunkBytesCpu = 1 << 20;
 
+// With so few rows or columns of a result, the CPU's matrix products add one number after the other
+// to a sum, whose rounding error grows with their count; so they get few rows at a time.
+constexpr int64_t kNarrow = 4, kNarrowProductRows = 512;
+
 int64_t total_inputs(int64_t channels_in, int64_t growth, int64_t layers) {
   return layers * channels_in + growth * (layers * (layers - 1) / 2);
 }
@@ -213,8 +217,8 @@ int64_t Block::chunk_elements() const {
   return std::min(std::max(channels_, bytes / element_size_), rows_ * channels_);
 }
 
-std::vector<Block::RowChunk> Block::row_chunks(int64_t channels) const {
-  const int64_t most = std::max<int64_t>(1, chunk_elements() / channels);
+std::vector<Block::RowChunk> Block::row_chunks(int64_t channels, int64_t most) const {
+  most = std::max<int64_t>(1, std::min(most, chunk_elements() / channels));
   const int64_t count = (rows_ + most - 1) / most;
   std::vector<RowChunk> chunks;
   for (int64_t i = 0; i < count; ++i) {
@@ -222,6 +226,11 @@ std::vector<Block::RowChunk> Block::row_chunks(int64_t channels) const {
     chunks.push_back({begin, end - begin, i == 0, i + 1 == count});
   }
   return chunks;
+}
+
+std::vector<Block::RowChunk> Block::backward_chunks(int64_t channels) const {
+  const bool narrow = launch_.is_cpu() && std::min(bottleneck_, channels) <= kNarrow;
+  return row_chunks(channels, narrow ? kNarrowProductRows : rows_);
 }
 
 // The weights of a layer, in packed ones or in their gradients.

@@ -23,7 +23,8 @@
 
 namespace efficient_densenet {
 
-// What the last reader averages; numbered as in Python.
+// What the last reader averages: nothing, windows of 2 in each dimension, or all pixels of an
+// image.
 enum class Pool : int64_t { kNone, kWindows, kImages };
 
 // What forward and backward of a block are called with alike.
@@ -118,7 +119,10 @@ class Block {
   TensorMatrix z(int64_t layer);
   KernelArgs kernel_args(const TensorMatrix& x, int64_t rows, int64_t channels) const;
   int64_t chunk_elements() const;
-  std::vector<RowChunk> row_chunks(int64_t channels) const;
+  // Of at most so many rows.
+  std::vector<RowChunk> row_chunks(int64_t channels, int64_t most) const;
+  // Those that the gradient of conv1's weight is summed in.
+  std::vector<RowChunk> backward_chunks(int64_t channels) const;
   char* affine(const Tensor& tensor, int row, int64_t begin) const;
   Tensor images(const TensorMatrix& matrix, int64_t channels) const {
     return matrix.as_images(images_, channels, spatial_);
@@ -171,6 +175,7 @@ class Block {
   void backward_input(Backward& state, const BlockGradients& gradients);
   void backward_projection(const TensorMatrix& grad_input, const BlockGradients& gradients);
 
+  aten::GradModeOff grad_mode_off_;
   const BlockArguments& arguments_;
   Device device_;
   ArgumentChecks checks_;

@@ -37,8 +37,7 @@ void Block::pack_conv1(WeightLayout layout) {
         cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l)));
   }
   cuda::pack_conv1x1(element_, layout, rows_,
-                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_,
-                      folded_ ? static_cast<const float*>(folded_->data_ptr()) : nullptr},
+                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_},
                      packed_conv1_[static_cast<int>(layout)].allocate(bytes, device_),
                      launch_.stream());
 }
@@ -51,8 +50,8 @@ void Block::pack_conv2(bool grad_input) {
                      packed_conv2_[grad_input].allocate(bytes, device_), launch_.stream());
 }
 
-// Where each norm2 has its statistics and nobody keeps z, conv1 writes relu(norm2(z)): the scale
-// goes into its weight, and the rest is a bias.
+// Where each norm2 has its statistics and nobody keeps z, conv1's kernel applies it to its sums and
+// writes relu(norm2(z)).
 void Block::fold_norm2() {
   folded_ = empty({2 * layers_ * bottleneck_}, ScalarType::Float, device_);
   auto* const scale = static_cast<float*>(folded_->data_ptr());
@@ -68,17 +67,18 @@ void Block::bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* m
   const int64_t channels = channels_before(layer);
   if (on_tensor_cores()) {
     KernelArgs args = kernel_args(features_, rows_, channels);
-    const float* bias = nullptr;
+    FoldedNorm norm2{};
     if (folded_) {
-      bias = static_cast<const float*>(folded_->data_ptr()) + (layers_ + layer) * bottleneck_;
+      norm2.scale = static_cast<const float*>(folded_->data_ptr()) + layer * bottleneck_;
+      norm2.bias = norm2.scale + layers_ * bottleneck_;
     }
     return launch_(cuda::bn_relu_conv1x1, args, norms_[layer].bn,
                    packed_conv1_[static_cast<int>(WeightLayout::kForward)].at(layer), bottleneck_,
-                   bias, z.view(), moments);
+                   norm2, z.view(), moments);
   }
   const Tensor weight = conv1(arguments_.conv1, layer);
   const Tensor transposed = transpose(weight);
-  for (const RowChunk& chunk : row_chunks(channels)) {
+  for (const RowChunk& chunk : row_chunks(channels, rows_)) {
     const TensorMatrix a1 = scratch(&a1_, chunk_elements(), channels);
     const TensorMatrix z_rows = z.at(chunk.begin, 0);
     normalise(norms_[layer], features_.at(chunk.begin, 0), chunk.count, a1);

@@ -1,4 +1,4 @@
-// The kernels of a dense block beyond those in concat_bn_relu.h.
+// The kernels of a dense block beyond those in common/kernel_args.h.
 //
 // Inside a block every tensor is a matrix: M rows, channels next to each other. `KernelArgs` then
 // has one feature, x, a window of columns of the block's feature buffer (or a chunk of its rows).

@@ -21,15 +21,6 @@ Tensor TensorMatrix::as_images(int64_t images, int64_t channels, const Sizes& sp
                      channels_last_strides(row_stride, spatial));
 }
 
-Tensor reinterpret(const Tensor& tensor, int64_t offset, const Sizes& sizes, const Sizes& strides) {
-  AtenTensorHandle result = nullptr;
-  if (aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.data(), strides.data(),
-                                     offset, &result) != 0) {
-    fail("efficient_densenet", "aoti_torch__reinterpret_tensor failed");
-  }
-  return Tensor(result);
-}
-
 Tensor transpose(const Tensor& matrix) {
   return reinterpret(matrix, 0, {matrix.size(1), matrix.size(0)},
                      {matrix.stride(1), matrix.stride(0)});

@@ -1,7 +1,7 @@
 // Matrices in the memory of tensors, and tensors on that memory, without the dispatcher.
 #pragma once
 
-#include "common/tensors.h"
+#include "common/aten.h"
 
 namespace efficient_densenet {
 
@@ -22,7 +22,6 @@ struct TensorMatrix {
   Tensor as_images(int64_t images, int64_t channels, const Sizes& spatial) const;
 };
 
-Tensor reinterpret(const Tensor& tensor, int64_t offset, const Sizes& sizes, const Sizes& strides);
 Tensor transpose(const Tensor& matrix);
 // A matrix [B, C] as the weight of a 1x1 convolution of `dims` spatial dimensions.
 Tensor as_convolution(const Tensor& matrix, int64_t dims = 2);

@@ -12,6 +12,13 @@ Pool pool_of(const char* op, int64_t number) {
   return static_cast<Pool>(number);
 }
 
+// fields: those of BlockArguments from `x` to `dropout_scale`.
+template <typename... Fields>
+BlockArguments arguments_of(const char* op, int64_t pool, const PrecisionSettings& settings,
+                            const Fields&... fields) {
+  return {op, fields..., pool_of(op, pool), settings};
+}
+
 void dense_block_layers(const Tensor& x, const std::optional<Tensor>& projection,
                         const Tensor& features, const std::optional<Tensor>& bottlenecks,
                         const Tensor& statistics, const Tensor& conv1, const Tensor& conv2,
@@ -21,22 +28,9 @@ void dense_block_layers(const Tensor& x, const std::optional<Tensor>& projection
                         int64_t pool, bool allow_tf32, bool products_match_convolutions,
                         bool inference, const std::optional<Tensor>& y) {
   const char* const op = "efficient_densenet::dense_block_layers";
-  const BlockArguments arguments{op,
-                                 x,
-                                 projection,
-                                 features,
-                                 bottlenecks,
-                                 statistics,
-                                 conv1,
-                                 conv2,
-                                 affine,
-                                 frozen,
-                                 frozen_norms,
-                                 eps,
-                                 dropout_mask,
-                                 dropout_scale,
-                                 pool_of(op, pool),
-                                 {allow_tf32, products_match_convolutions}};
+  const BlockArguments arguments = arguments_of(
+      op, pool, {allow_tf32, products_match_convolutions}, x, projection, features, bottlenecks,
+      statistics, conv1, conv2, affine, frozen, frozen_norms, eps, dropout_mask, dropout_scale);
   Block(arguments).forward(inference, y);
 }
 
@@ -52,22 +46,9 @@ void dense_block_layers_backward(
     const std::optional<Tensor>& grad_conv1, const std::vector<int64_t>& needs_conv1,
     const std::optional<Tensor>& grad_conv2, const std::vector<int64_t>& needs_conv2) {
   const char* const op = "efficient_densenet::dense_block_layers_backward";
-  const BlockArguments arguments{op,
-                                 x,
-                                 projection,
-                                 features,
-                                 bottlenecks,
-                                 statistics,
-                                 conv1,
-                                 conv2,
-                                 affine,
-                                 frozen,
-                                 frozen_norms,
-                                 eps,
-                                 dropout_mask,
-                                 dropout_scale,
-                                 pool_of(op, pool),
-                                 {allow_tf32, products_match_convolutions}};
+  const BlockArguments arguments = arguments_of(
+      op, pool, {allow_tf32, products_match_convolutions}, x, projection, features, bottlenecks,
+      statistics, conv1, conv2, affine, frozen, frozen_norms, eps, dropout_mask, dropout_scale);
   Block(arguments).backward(grad_result, has_reader,
                             {grad_features, grad_x, grad_projection, grad_affine, grad_conv1,
                              needs_conv1, grad_conv2, needs_conv2});

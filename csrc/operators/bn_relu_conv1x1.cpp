@@ -1,5 +1,5 @@
 // The tensor-core kernels of bn_relu_conv1x1.h as operators of their own, on matrices. A dense
-// block calls the kernels directly (dense_block.cpp); these are for tests and benchmarks of each.
+// block calls the kernels directly (../dense_block); these are for tests and benchmarks of each.
 #include "operators/bn_relu_conv1x1.h"
 
 #include "common/kernel_call.h"
@@ -10,7 +10,9 @@ namespace {
 class Call : public KernelCall {
  public:
   Call(const char* op, const Tensor& x, const NormTensors& norm, const Tensor& conv1)
-      : KernelCall(op, "x", x, norm), conv1_(conv1), outputs_(conv1.size(0)) {
+      : KernelCall(op, "x", x, norm), conv1_(conv1) {
+    checks().expect(conv1.dim() >= 2 && conv1.numel() > 0, "conv1", conv1, "[N, C]");
+    outputs_ = conv1.size(0);
     check_kernels(cuda::why_no_tensor_cores(device_index(), element(), outputs_, channels()));
     numbers("conv1", conv1, dtype(), outputs_ * channels());
   }
@@ -18,9 +20,8 @@ class Call : public KernelCall {
   Tensor packed(WeightLayout layout) const {
     Tensor memory =
         new_bytes(cuda::packed_conv1x1_bytes(element(), layout, rows(), outputs_, channels()));
-    cuda::pack_conv1x1(element(), layout, rows(),
-                       {conv1_.data_ptr(), 1, outputs_, channels(), 0, nullptr}, memory.data_ptr(),
-                       stream());
+    cuda::pack_conv1x1(element(), layout, rows(), {conv1_.data_ptr(), 1, outputs_, channels(), 0},
+                       memory.data_ptr(), stream());
     return memory;
   }
 
@@ -41,9 +42,9 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
   if (moments) statistics = call.statistics("moments", *moments, call.outputs());
   const Tensor packed = call.packed(WeightLayout::kForward);
   const void* const data = packed.data_ptr();
-  const Statistics* const wanted = moments ? &statistics : nullptr;
-  const float* const no_bias = nullptr;
-  call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_bias, z_view, wanted);
+  const Statistics* const needed = moments ? &statistics : nullptr;
+  const FoldedNorm no_norm2{};
+  call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_norm2, z_view, needed);
 }
 
 void bn_relu_conv1x1_backward(const Tensor& grad_z, const Tensor& x, const Tensor& mean,

@@ -2,7 +2,7 @@
 // features and their gradient never reach memory:
 //
 //   z = a W^T,  a = relu(bn(x))           x [M, C], W [N, C], z [M, N]; moments of z on the way
-//   grad_a = grad_z W                     added, as in dense_block.h, to G and its sums
+//   grad_a = grad_z W                     added, as in dense_block/kernels.h, to G and its sums
 //   grad_W = grad_z^T a
 //
 // For 16-bit elements and for float, whose products are TF32: `a`, W and grad_z are rounded to it.
@@ -24,7 +24,6 @@ enum class WeightLayout { kForward, kGradInput };
 struct Conv1x1Weights {
   const void* data;
   int64_t layers, outputs, channels_in, growth;
-  const float* scale;  // [L, N]: of the rows, or null
 };
 
 // L norms of N channels each, one after the other; bn.eps is not used.
@@ -50,11 +49,12 @@ void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv
                   void* packed, void* stream);
 
 // `weight` is packed, kForward. `moments` (without copy) may be null: they are of z as stored. With
-// a bias [N], z is relu(. + bias), as an operand.
+// a norm2, relu(norm2(z)) is stored, as an operand.
 void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* weight,
-                     int64_t outputs, const float* bias, const View& z, const Statistics* moments);
+                     int64_t outputs, const FoldedNorm& norm2, const View& z,
+                     const Statistics* moments);
 
-// bn(z) = scale z + bias, of norms whose statistics are known beforehand; scale and bias [L, N].
+// The scale and bias of FoldedNorm for all layers, [L, N].
 void fold_norms(const Norms& norms, float* scale, float* bias, void* stream);
 
 // `weight` is packed, kGradInput. Of the reader, which is not the first one, grad_y is grad_z,

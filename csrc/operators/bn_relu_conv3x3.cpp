@@ -1,5 +1,5 @@
 // The tensor-core kernels of bn_relu_conv3x3.h as operators of their own, on matrices. A dense
-// block calls the kernels directly (dense_block.cpp); these are for tests and benchmarks of each.
+// block calls the kernels directly (../dense_block); these are for tests and benchmarks of each.
 #include "operators/bn_relu_conv3x3.h"
 
 #include "common/kernel_call.h"
@@ -12,15 +12,15 @@ class Call : public KernelCall {
  public:
   Call(const char* op, const Tensor& z, const NormTensors& norm, const Tensor& conv2,
        int64_t height, int64_t width)
-      : KernelCall(op, "z", z, norm),
-        conv2_(conv2),
-        outputs_(conv2.size(0)),
-        image_{height, width} {
+      : KernelCall(op, "z", z, norm), conv2_(conv2), image_{height, width} {
+    checks().expect(conv2.dim() == 4 && conv2.numel() > 0, "conv2", conv2, "[k, 3, 3, B]");
+    outputs_ = conv2.size(0);
+    checks().check(
+        height > 0 && width > 0 && height <= rows() / width && rows() % (height * width) == 0,
+        "height, width: expected images that the ", rows(), " rows of z are made of");
     check_kernels(cuda::why_no_tensor_cores(device_index(), element(), channels(), outputs_));
     check_kernels(cuda::why_no_conv3x3(device_index(), element(), outputs_, channels(), width));
     numbers("conv2", conv2, dtype(), outputs_ * 9 * channels());
-    check(height > 0 && width > 0 && rows() % (height * width) == 0, "height, width",
-          ": expected images that the rows of z are made of");
   }
 
   Tensor packed(bool grad_input) const {
@@ -51,8 +51,8 @@ void bn_relu_conv3x3(const Tensor& z, const Tensor& mean, const Tensor& var,
   if (moments) statistics = call.statistics("moments", *moments, call.outputs());
   const Tensor packed = call.packed(false);
   const void* const data = packed.data_ptr();
-  const Statistics* const wanted = moments ? &statistics : nullptr;
-  call.run(cuda::bn_relu_conv3x3, false, call.image(), data, call.outputs(), y_view, wanted);
+  const Statistics* const needed = moments ? &statistics : nullptr;
+  call.run(cuda::bn_relu_conv3x3, false, call.image(), data, call.outputs(), y_view, needed);
 }
 
 void bn_relu_conv3x3_backward(const Tensor& grad_features, const Tensor& y, const Tensor& y_mean,
@@ -75,6 +75,10 @@ void bn_relu_conv3x3_backward(const Tensor& grad_features, const Tensor& y, cons
   const View grad_z_view = call.check_matrix("grad_z", grad_z, call.dtype(), rows, channels);
   auto* const affine = static_cast<float*>(
       call.numbers("grad_affine", grad_affine, ScalarType::Float, 2 * channels));
+  void* to = nullptr;
+  if (grad_conv2) {
+    to = call.numbers("grad_conv2", *grad_conv2, call.dtype(), outputs * 9 * channels);
+  }
   const Tensor packed = call.packed(true);
   const void* const data = packed.data_ptr();
   const int64_t pitch = cuda::conv3x3_grad_pitch(call.element(), outputs);
@@ -84,7 +88,6 @@ void bn_relu_conv3x3_backward(const Tensor& grad_features, const Tensor& y, cons
   call.run(cuda::bn_relu_conv3x3_grad_input, call.image(), data, outputs, gathered, grad_y_view,
            Gradients{grad_z_view, affine, affine + channels, batch_statistics});
   if (!grad_conv2) return;
-  void* const to = call.numbers("grad_conv2", *grad_conv2, call.dtype(), outputs * 9 * channels);
   call.run(cuda::bn_relu_conv3x3_grad_weight, call.image(), outputs, grad_y_view, to);
 }
 

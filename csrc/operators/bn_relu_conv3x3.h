@@ -32,7 +32,7 @@ struct ImageSize {
 struct Gathered {
   View grad_features;  // G, float
   View y;
-  const double* mean;  // of y, [k]
+  const double* mean;  // of y, [k]; null where no norm with batch statistics reads y: no correction
   Correction correction;
 };
 
@@ -48,7 +48,7 @@ int64_t packed_conv3x3_bytes(Element element, bool grad_input, int64_t outputs, 
 void pack_conv3x3(Element element, bool grad_input, const Conv3x3Weights& weights, void* packed,
                   void* stream);
 
-// In all of these the feature is z. `moments` are of y as stored; null: not wanted. Where z
+// In all of these the feature is z. `moments` are of y as stored; null: not needed. Where z
 // `is_normalised`, it holds relu(bn(z)) already, as operands.
 void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normalised,
                      const ImageSize& image, const void* weight, int64_t outputs, const View& y,

@@ -17,12 +17,12 @@ struct Call {
        const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps)
       : op(op),
         x(x),
+        checks(op, x.device()),
         arrays{op, element_of(op, "x", x), x.dim() > 1 ? x.size(1) : 0, x.device()},
         launch(x.device()) {
-    EFFICIENT_DENSENET_CHECK(x.dim() >= 3 && x.dim() <= 1 + kMaxRowDims, op,
-                             "x: expected [N, C, *spatial] with 1 to 3 spatial dimensions, got ",
-                             x.dim(), " dimensions");
-    EFFICIENT_DENSENET_CHECK(x.numel() > 0, op, "x: expected at least one element");
+    checks.expect(x.dim() >= 3 && x.dim() <= 1 + kMaxRowDims && x.numel() > 0, "x", x,
+                  "[N, C, *spatial] with 1 to 3 spatial dimensions and at least one element");
+    checks.any_strides("x", x, x.scalar_type(), Access::kRead);
     args.element = arrays.element;
     args.channels = arrays.channels;
     args.rows = rows_of(x);
@@ -45,15 +45,16 @@ struct Call {
   }
 
   // A pooled tensor that has the dtype of x, and the winners that belong to it.
-  Pooled pooled(const char* name, const Tensor& y, const std::optional<Tensor>& winners) const {
-    check_pooled(name, y, x.scalar_type());
+  Pooled pooled(const char* name, const Tensor& y, const std::optional<Tensor>& winners,
+                Access access) const {
+    check_pooled(name, y, x.scalar_type(), access);
     Pooled pooled{view(y), view(y)};
     pooled.winners.data = nullptr;
     if (!winners) return pooled;
-    check_pooled("winners", *winners, ScalarType::Byte);
+    check_pooled("winners", *winners, ScalarType::Byte, access);
     for (int64_t d = 0; d < y.dim(); ++d) {
-      EFFICIENT_DENSENET_CHECK(y.size(d) == 1 || y.stride(d) == winners->stride(d), op,
-                               "winners: expected the strides of ", name);
+      checks.expect(y.size(d) == 1 || y.stride(d) == winners->stride(d), "winners", *winners,
+                    "the strides of ", name);
     }
     pooled.winners.data = winners->data_ptr();
     return pooled;
@@ -61,6 +62,7 @@ struct Call {
 
   const char* op;
   const Tensor& x;
+  ArgumentChecks checks;
   ChannelArrays arrays;
   Launcher launch;
   KernelArgs args{};
@@ -69,15 +71,12 @@ struct Call {
  private:
   static int64_t row_dim(const Tensor& tensor, int64_t d) { return kMaxRowDims - tensor.dim() + d; }
 
-  void check_pooled(const char* name, const Tensor& tensor, ScalarType dtype) const {
-    bool fits = tensor.dim() == x.dim();
-    for (int64_t d = 0; fits && d < x.dim(); ++d) {
-      fits = tensor.size(d) == (d < 2 ? x.size(d) : (x.size(d) + 1) / 2);
-    }
-    EFFICIENT_DENSENET_CHECK(fits, op, name, ": expected the batch and channels of x, and half of ",
-                             "its spatial sizes, rounded up");
-    EFFICIENT_DENSENET_CHECK(tensor.scalar_type() == dtype && tensor.device() == x.device(), op,
-                             name, ": expected the dtype (winners: uint8) and device of x");
+  // The batch and channels of x, and half of its spatial sizes, rounded up.
+  void check_pooled(const char* name, const Tensor& tensor, ScalarType dtype, Access access) const {
+    Sizes sizes{x.size(0), x.size(1)};
+    for (int64_t d = 2; d < x.dim(); ++d) sizes.push_back((x.size(d) + 1) / 2);
+    checks.has_sizes(name, tensor, sizes);
+    checks.any_strides(name, tensor, dtype, access);
   }
 };
 
@@ -85,7 +84,7 @@ void bn_relu_max_pool(const Tensor& x, const Tensor& mean, const Tensor& var,
                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                       double eps, const Tensor& y, const std::optional<Tensor>& winners) {
   Call call("efficient_densenet::bn_relu_max_pool", x, mean, var, weight, bias, eps);
-  const Pooled pooled = call.pooled("y", y, winners);
+  const Pooled pooled = call.pooled("y", y, winners, Access::kWrite);
   call.launch(cpu::bn_relu_max_pool, cuda::bn_relu_max_pool, call.args, call.bn, pooled);
 }
 
@@ -96,11 +95,11 @@ std::tuple<Tensor, Tensor> bn_relu_max_pool_backward(const Tensor& grad_y, const
                                                      const std::optional<Tensor>& bias, double eps,
                                                      bool batch_statistics, const Tensor& grad_x) {
   Call call("efficient_densenet::bn_relu_max_pool_backward", x, mean, var, weight, bias, eps);
-  const Pooled pooled = call.pooled("grad_y", grad_y, winners);
-  EFFICIENT_DENSENET_CHECK(grad_x.dim() == x.dim() && grad_x.size(1) == x.size(1) &&
-                               same_rows(grad_x, x) && grad_x.scalar_type() == x.scalar_type() &&
-                               grad_x.device() == x.device(),
-                           call.op, "grad_x: expected the shape, dtype and device of x");
+  const Pooled pooled = call.pooled("grad_y", grad_y, winners, Access::kRead);
+  Sizes sizes;
+  for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d));
+  call.checks.has_sizes("grad_x", grad_x, sizes);
+  call.checks.any_strides("grad_x", grad_x, x.scalar_type(), Access::kWrite);
   call.args.features[0].grad_x = Call::view(grad_x);
   Tensor grad_weight = call.arrays.make_parameter(), grad_bias = call.arrays.make_parameter();
   const Gradients gradients{{}, grad_weight.data_ptr(), grad_bias.data_ptr(), batch_statistics};

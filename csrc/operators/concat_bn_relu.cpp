@@ -1,14 +1,13 @@
 // The three operators beneath efficient_densenet.concat_bn_relu: schemas, checks, dispatch.
 //
-// They are called by the Python autograd function, which checks arguments with friendlier
-// messages; the checks here only keep a direct caller of torch.ops from reading or writing
-// memory out of bounds. All large memory is allocated by the caller, in Python, so that running
-// out of it reaches the user as torch.OutOfMemoryError.
+// They are called by the Python autograd function, which checks arguments with friendlier messages;
+// the checks here keep anybody else from reading or writing memory out of bounds. All large memory
+// is allocated by the caller, in Python, so that running out of it reaches the user as
+// torch.OutOfMemoryError.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "common/kernel_args.h"
 #include "common/tensors.h"
 
 namespace efficient_densenet {
@@ -18,23 +17,35 @@ namespace {
 struct Call {
   Call(const char* op, const Tensors& features)
       : op(op),
-        geometry(op, "features[0]", first_of(op, features)),
+        geometry(op, "features", first_of(op, features)),
         device(features[0].device()),
         launch(device) {
     args.element = element_of(op, "features", features[0]);
     args.features.resize(features.size());
     args.channels = 0;
     for (size_t i = 0; i < features.size(); ++i) {
+      const Tensor& tensor = features[i];
       Feature& feature = args.features[i];
-      geometry.add("features", features[i], &feature.x);
+      feature.channels = tensor.dim() > 1 ? tensor.size(1) : 0;
+      geometry.add("features", tensor, feature.channels, Access::kRead, &feature.x);
       feature.grad_x.data = nullptr;
       feature.first_channel = args.channels;
-      feature.channels = features[i].size(1);
       args.channels += feature.channels;
     }
   }
 
+  // Of the concatenation.
+  void add(const char* name, const Tensor& tensor, Access access, View* view) {
+    geometry.add(name, tensor, args.channels, access, view);
+  }
+
   void merge_rows() { args.rows = geometry.merge_rows(); }
+
+  void check_not_empty(const Tensor& first) const {
+    ArgumentChecks(op, device)
+        .expect(args.rows.count > 0 && args.channels > 0, "features", first,
+                "at least one element");
+  }
 
   ChannelArrays arrays() const { return {op, args.element, args.channels, device}; }
 
@@ -54,8 +65,7 @@ struct Call {
 std::tuple<Tensor, Tensor> concat_bn_stats(const Tensors& features) {
   Call call("efficient_densenet::concat_bn_stats", features);
   call.merge_rows();
-  EFFICIENT_DENSENET_CHECK(call.args.rows.count > 0, call.op,
-                           "features: expected at least one element");
+  call.check_not_empty(features[0]);
   Tensor mean = call.arrays().make(ScalarType::Double);
   Tensor var = call.arrays().make(ScalarType::Double);
   const Statistics statistics{static_cast<double*>(mean.data_ptr()),
@@ -69,39 +79,43 @@ void concat_bn_relu(const Tensors& features, const Tensor& mean, const Tensor& v
                     double eps, const Tensor& y) {
   Call call("efficient_densenet::concat_bn_relu", features);
   View y_view{};
-  call.geometry.add("y", y, &y_view);
+  call.add("y", y, Access::kWrite, &y_view);
   call.merge_rows();
-  EFFICIENT_DENSENET_CHECK(y.size(1) == call.args.channels, call.op, "y: expected ",
-                           call.args.channels, " channels, got ", y.size(1));
   const BatchNorm bn = call.arrays().batch_norm(mean, var, weight, bias, eps);
   if (y.numel() == 0) return;
   call.launch(cpu::concat_bn_relu, cuda::concat_bn_relu, call.args, bn, y_view);
 }
 
+// grad_features[i] is the gradient of features[needs_grad[i]].
+void add_grad_features(Call& call, const std::vector<int64_t>& needs_grad,
+                       const Tensors& grad_features) {
+  EFFICIENT_DENSENET_CHECK(needs_grad.size() == grad_features.size(), call.op,
+                           "needs_grad: expected ", grad_features.size(), " indices, got ",
+                           needs_grad.size());
+  const auto count = static_cast<int64_t>(call.args.features.size());
+  for (size_t i = 0; i < needs_grad.size(); ++i) {
+    EFFICIENT_DENSENET_CHECK(needs_grad[i] >= 0 && needs_grad[i] < count, call.op,
+                             "needs_grad: expected indices of features, got ", needs_grad[i]);
+    Feature& feature = call.args.features[needs_grad[i]];
+    EFFICIENT_DENSENET_CHECK(feature.grad_x.data == nullptr, call.op,
+                             "needs_grad: expected each index once, got ", needs_grad[i], " twice");
+    call.geometry.add("grad_features", grad_features[i], feature.channels, Access::kWrite,
+                      &feature.grad_x);
+  }
+}
+
 std::tuple<Tensor, Tensor> concat_bn_relu_backward(
     const Tensor& grad_y, const Tensors& features, const Tensor& mean, const Tensor& var,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
-    bool batch_statistics, const std::vector<int64_t>& wanted, const Tensors& grad_features) {
+    bool batch_statistics, const std::vector<int64_t>& needs_grad, const Tensors& grad_features) {
   Call call("efficient_densenet::concat_bn_relu_backward", features);
   Gradients gradients{};
   gradients.batch_statistics = batch_statistics;
-  call.geometry.add("grad_y", grad_y, &gradients.grad_y);
-  EFFICIENT_DENSENET_CHECK(grad_y.size(1) == call.args.channels, call.op, "grad_y: expected ",
-                           call.args.channels, " channels, got ", grad_y.size(1));
-  EFFICIENT_DENSENET_CHECK(wanted.size() == grad_features.size(), call.op, "wanted: expected ",
-                           grad_features.size(), " indices, got ", wanted.size());
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    EFFICIENT_DENSENET_CHECK(wanted[i] >= 0 && wanted[i] < static_cast<int64_t>(features.size()),
-                             call.op, "wanted: expected indices of features, got ", wanted[i]);
-    Feature& feature = call.args.features[wanted[i]];
-    EFFICIENT_DENSENET_CHECK(grad_features[i].size(1) == feature.channels, call.op,
-                             "grad_features: expected ", feature.channels, " channels, got ",
-                             grad_features[i].size(1));
-    call.geometry.add("grad_features", grad_features[i], &feature.grad_x);
-  }
+  call.add("grad_y", grad_y, Access::kRead, &gradients.grad_y);
+  add_grad_features(call, needs_grad, grad_features);
   call.merge_rows();
+  call.check_not_empty(features[0]);
   const BatchNorm bn = call.arrays().batch_norm(mean, var, weight, bias, eps);
-  EFFICIENT_DENSENET_CHECK(grad_y.numel() > 0, call.op, "grad_y: expected at least one element");
   Tensor grad_weight = call.arrays().make_parameter();
   Tensor grad_bias = call.arrays().make_parameter();
   gradients.grad_weight = grad_weight.data_ptr();
@@ -120,7 +134,7 @@ STABLE_TORCH_LIBRARY(efficient_densenet, m) {
       "float eps, Tensor(a!) y) -> ()");
   m.def(
       "concat_bn_relu_backward(Tensor grad_y, Tensor[] features, Tensor mean, Tensor var, "
-      "Tensor? weight, Tensor? bias, float eps, bool batch_statistics, int[] wanted, "
+      "Tensor? weight, Tensor? bias, float eps, bool batch_statistics, int[] needs_grad, "
       "Tensor(a!)[] grad_features) -> (Tensor grad_weight, Tensor grad_bias)");
 }
 

@@ -11,7 +11,7 @@
 // other. It reads a line of a window at a time, 3 pixels; backward, windows o and o + 1 of a line
 // of windows, in which the pair has places that are known at compile time. Neighbouring threads
 // find most of that in the L1 cache. So pixels gather: each is owned once, and the order of all
-// sums depends on the shape alone. They leave the kernel as in sums.cuh. Bytes, per element of x of
+// sums depends on shapes, strides and alignment alone. They leave the kernel as in sums.cuh. Bytes, per element of x of
 // s bytes, with p = 2^-dims: forward s + p (s + 1); backward twice s + p (s + 1) for sums and
 // gradients, and s written. Two-dimensional bf16: 2.75; 7.5. Limit: memory bandwidth, closely
 // followed by instructions, about 20 per element of x in each kernel: 9 normalisations and
@@ -80,7 +80,7 @@ struct Maximum {
   Acc values[V] = {};
   int winners[V] = {};
 
-  __device__ void take(const Pack<T, V>& x, const Channel<Acc> (&channels)[V], int place) {
+  __device__ void take(const Pack<T, V>& x, const NormCoefficients<Acc> (&channels)[V], int place) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       // As stored: what is equal only once it is rounded is equal.
@@ -93,8 +93,8 @@ struct Maximum {
   }
 
   // Of the pixels of one line of window w; the line's first place is `place`.
-  __device__ void take_line(const Line<T, V>& x, const Channel<Acc> (&channels)[V], int64_t w,
-                            int64_t width, int place) {
+  __device__ void take_line(const Line<T, V>& x, const NormCoefficients<Acc> (&channels)[V],
+                            int64_t w, int64_t width, int place) {
     Pack<T, V> packs[kPlaces];
 #pragma unroll
     for (int i = 0; i < kPlaces; ++i) {
@@ -109,14 +109,14 @@ struct Maximum {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    bn_relu_max_pool_kernel(const __grid_constant__ Images images, Chunking chunking, BatchNorm bn,
-                            const __grid_constant__ Pooled pooled) {
+    bn_relu_max_pool_kernel(const __grid_constant__ Images images, RowChunking chunking,
+                            BatchNorm bn, const __grid_constant__ Pooled pooled) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(images, images.walked, chunking);
-  Channel<Acc> channels[V];
-  load_per_channel<Channel<Acc>, T_>(images, channels,
-                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
+  NormCoefficients<Acc> channels[V];
+  load_per_channel<NormCoefficients<Acc>, T_>(
+      images, channels, [&](int64_t c) { return NormCoefficients<Acc>::load(bn, c); });
   if (tile.channel >= images.end_channel()) return;
   const int64_t* const sizes = images.rows.sizes;
   tile.template for_each_group<1>([&](int64_t row, auto) {
@@ -216,16 +216,16 @@ __device__ void for_each_pixel(const Images& images, const Pooled& pooled, int64
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    max_pool_sums_kernel(const __grid_constant__ Images images, Chunking chunking, BatchNorm bn,
+    max_pool_sums_kernel(const __grid_constant__ Images images, RowChunking chunking, BatchNorm bn,
                          const __grid_constant__ Pooled pooled, double* partial_dz,
                          double* partial_dz_centred) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(images, images.walked, chunking);
   const bool active = tile.channel < images.end_channel();
-  Channel<Acc> channels[V];
-  load_per_channel<Channel<Acc>, T_>(images, channels,
-                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
+  NormCoefficients<Acc> channels[V];
+  load_per_channel<NormCoefficients<Acc>, T_>(
+      images, channels, [&](int64_t c) { return NormCoefficients<Acc>::load(bn, c); });
   Sums<Acc> sums[V] = {};
   const auto add = [&](int64_t, const Pack<T, V>& x, const Acc(&grads)[V]) {
 #pragma unroll
@@ -245,32 +245,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    max_pool_grad_x_kernel(const __grid_constant__ Images images, Chunking chunking, BatchNorm bn,
-                           const __grid_constant__ Pooled pooled,
+    max_pool_grad_x_kernel(const __grid_constant__ Images images, RowChunking chunking,
+                           BatchNorm bn, const __grid_constant__ Pooled pooled,
                            const __grid_constant__ Gradients gradients) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(images, images.walked, chunking);
-  GradChannel<Acc> channels[V];
-  load_per_channel<GradChannel<Acc>, T_>(images, channels, [&](int64_t c) {
-    return GradChannel<Acc>::load(bn, gradients, c, images.rows.count);
+  NormGradCoefficients<Acc> channels[V];
+  load_per_channel<NormGradCoefficients<Acc>, T_>(images, channels, [&](int64_t c) {
+    return NormGradCoefficients<Acc>::load(bn, gradients, c, images.rows.count);
   });
   if (tile.channel >= images.end_channel()) return;
   tile.template for_each_group<1>([&](int64_t row, auto) {
     const Position position(row, images.walked);
     const Line<T, V> grad_x(images.feature.grad_x, tile.channel, position.image, position.d,
                             position.h);
-    for_each_pixel<T, V>(images, pooled, tile.channel, position,
-                         [&](int64_t w, const Pack<T, V>& x, const Acc(&grads)[V]) {
-                           Pack<T, V> result;
+    for_each_pixel<T, V>(
+        images, pooled, tile.channel, position,
+        [&](int64_t w, const Pack<T, V>& x, const Acc(&grads)[V]) {
+          Pack<T, V> result;
 #pragma unroll
-                           for (int i = 0; i < V; ++i) {
-                             const Acc value = widen(x.values[i]);
-                             const Acc dz = masked<T>(channels[i], value, grads[i]);
-                             result.values[i] = narrow<T>(channels[i].grad_x(value, dz));
-                           }
-                           *grad_x.at(w) = result;
-                         });
+          for (int i = 0; i < V; ++i) {
+            const Acc value = widen(x.values[i]);
+            const Acc dz = masked<T>(channels[i], value, grads[i]);
+            result.values[i] = narrow<T>(channels[i].grad_x(value, dz, gradients.batch_statistics));
+          }
+          *grad_x.at(w) = result;
+        });
   });
 }
 
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // Host side
 
 // Full vectors of channels, or single elements.
-Walk choose_walk(const KernelArgs& args, const Pooled& pooled) {
+Access choose_access(const KernelArgs& args, const Pooled& pooled) {
   const int vector = 16 / element_size(args.element);
   const bool aligned = all_views(args, &pooled.y, [&](const View& view) {
     return reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
@@ -300,20 +301,20 @@ RowSpace pairs_of(const RowSpace& rows) {
 // A call that walks over some rows.
 struct Call {
   Images images;
-  Walk walk;
-  Plan plan;
+  Access access;
+  LaunchGeometry geometry;
 
   Call(const KernelArgs& args, const Pooled& pooled, const RowSpace& walked, int64_t blocks)
       : images{args.features[0], args.rows, pooled_rows(args.rows), walked},
-        walk(choose_walk(args, pooled)),
-        plan(with_rows(args, walked), walk, blocks) {}
+        access(choose_access(args, pooled)),
+        geometry(with_rows(args, walked), access, blocks) {}
 
   // Calls body(T, V) for its kernel.
   template <typename Body>
   void dispatch(Element element, const Body& body) const {
     dispatch_element(element, [&](auto element_tag) {
       constexpr int kFits = 16 / sizeof(element_tag);
-      if (walk.vector == kFits) return body(element_tag, std::integral_constant<int, kFits>{});
+      if (access.vector == kFits) return body(element_tag, std::integral_constant<int, kFits>{});
       body(element_tag, std::integral_constant<int, 1>{});
     });
   }
@@ -328,11 +329,12 @@ struct Call {
 }  // namespace
 
 void bn_relu_max_pool(const KernelArgs& args, const BatchNorm& bn, const Pooled& pooled) {
-  const Call call(args, pooled, pooled_rows(args.rows), Plan::kElementwiseBlocks);
+  const Call call(args, pooled, pooled_rows(args.rows), LaunchGeometry::kElementwiseBlocks);
   call.dispatch(args.element, [&](auto element, auto vector) {
     bn_relu_max_pool_kernel<decltype(element), decltype(vector)::value>
-        <<<call.plan.grid(call.images), call.plan.block, 0,
-           static_cast<cudaStream_t>(args.stream)>>>(call.images, call.plan.chunking, bn, pooled);
+        <<<call.geometry.grid(call.images), call.geometry.block, 0,
+           static_cast<cudaStream_t>(args.stream)>>>(call.images, call.geometry.chunking, bn,
+                                                     pooled);
     check(cudaGetLastError(), "bn_relu_max_pool_kernel");
   });
 }
@@ -340,21 +342,22 @@ void bn_relu_max_pool(const KernelArgs& args, const BatchNorm& bn, const Pooled&
 void bn_relu_max_pool_backward(const KernelArgs& args, const BatchNorm& bn, const Pooled& pooled,
                                const Gradients& gradients) {
   const RowSpace pairs = pairs_of(args.rows);
-  const Call sums(args, pooled, pairs, Plan::kReductionBlocks);
-  const Call grad_x(args, pooled, pairs, Plan::kElementwiseBlocks);
+  const Call sums(args, pooled, pairs, LaunchGeometry::kReductionBlocks);
+  const Call grad_x(args, pooled, pairs, LaunchGeometry::kElementwiseBlocks);
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  const Chunking& chunking = sums.plan.chunking;
-  double* const partial_dz = sums.plan.workspace(args);
+  const RowChunking& chunking = sums.geometry.chunking;
+  double* const partial_dz = sums.geometry.workspace(args);
   double* const partial_dz_centred = partial_dz + args.channels * chunking.chunks;
   sums.dispatch(args.element, [&](auto element, auto vector) {
     using T = decltype(element);
     constexpr int V = decltype(vector)::value;
-    max_pool_sums_kernel<T, V><<<sums.plan.grid(sums.images), sums.plan.block, 0, stream>>>(
+    max_pool_sums_kernel<T, V><<<sums.geometry.grid(sums.images), sums.geometry.block, 0, stream>>>(
         sums.images, chunking, bn, pooled, partial_dz, partial_dz_centred);
     check(cudaGetLastError(), "max_pool_sums_kernel");
     merge_gradients(args, bn, gradients, chunking, partial_dz, partial_dz_centred);
-    max_pool_grad_x_kernel<T, V><<<grad_x.plan.grid(grad_x.images), grad_x.plan.block, 0, stream>>>(
-        grad_x.images, grad_x.plan.chunking, bn, pooled, gradients);
+    max_pool_grad_x_kernel<T, V>
+        <<<grad_x.geometry.grid(grad_x.images), grad_x.geometry.block, 0, stream>>>(
+            grad_x.images, grad_x.geometry.chunking, bn, pooled, gradients);
     check(cudaGetLastError(), "max_pool_grad_x_kernel");
   });
 }

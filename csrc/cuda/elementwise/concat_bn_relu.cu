@@ -8,7 +8,7 @@
 // Limit: memory bandwidth. Shared memory: the per-channel numbers of a block, 5 KB at most.
 // Why not one launch per feature: k-channel pieces of a channels-last row are narrower than a
 // memory sector, and a launch costs more than the kernel for most features.
-#include "cuda/elementwise/tile.cuh"
+#include "cuda/elementwise/launch.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -16,18 +16,18 @@ namespace {
 template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
     concat_bn_relu_kernel(const __grid_constant__ Inputs inputs,
-                          const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
+                          const __grid_constant__ RowSpace rows, RowChunking chunking, BatchNorm bn,
                           const __grid_constant__ View y_view) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   const T_ tile(inputs, rows, chunking);
-  Channel<Acc> channels[T_::kChannels];
-  load_per_channel<Channel<Acc>, T_>(inputs, channels,
-                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
+  NormCoefficients<Acc> channels[T_::kChannels];
+  load_per_channel<NormCoefficients<Acc>, T_>(
+      inputs, channels, [&](int64_t c) { return NormCoefficients<Acc>::load(bn, c); });
   if (tile.channel >= inputs.end_channel()) return;
 
   const Feature& feature = inputs.find(tile.channel);
-  using W = Window<T, V, Inputs::kRowDims>;
+  using W = ThreadView<T, V, Inputs::kRowDims>;
   const W x(feature.x, rows, tile.channel - feature.first_channel);
   const W y(y_view, rows, tile.channel);
 
@@ -51,13 +51,13 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void concat_bn_relu(const KernelArgs& args, const BatchNorm& bn, const View& y) {
-  const Plan plan(args, &y, Plan::kElementwiseBlocks);
-  const auto kernel = [](auto element, auto walk) {
-    using W = decltype(walk);
+  const LaunchGeometry geometry(args, &y, LaunchGeometry::kElementwiseBlocks);
+  const auto kernel = [](auto element, auto access) {
+    using W = decltype(access);
     return concat_bn_relu_kernel<decltype(element), W::vector, W::channels_inner,
                                  typename W::Inputs>;
   };
-  launch_over_inputs("concat_bn_relu_kernel", kernel, args, plan, bn, y);
+  launch_over_inputs("concat_bn_relu_kernel", kernel, args, geometry, bn, y);
 }
 
 }  // namespace efficient_densenet::cuda

@@ -6,7 +6,7 @@
 //   grad_x = scale * dz                                              with running statistics
 //
 // Tiling: tile.cuh. First kernel: partial sums [C, chunks] of each block, merged by one warp per
-// channel. Second kernel: elementwise. A feature whose gradient nobody wants is skipped there.
+// channel. Second kernel: elementwise. A feature whose gradient is not needed is skipped there.
 // Bytes: x and grad_y are read twice and grad_x written once, 5 * sizeof(T) per element. The sums
 // are needed before the first grad_x, and x and grad_y exceed the caches, so a single pass is not
 // possible.
@@ -20,7 +20,7 @@ namespace {
 template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
     backward_sums_kernel(const __grid_constant__ Inputs inputs,
-                         const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
+                         const __grid_constant__ RowSpace rows, RowChunking chunking, BatchNorm bn,
                          const __grid_constant__ View grad_y_view, double* partial_dz,
                          double* partial_dz_centred) {
   using Acc = acc_t<T>;
@@ -28,13 +28,13 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kChannels = T_::kChannels;
   const T_ tile(inputs, rows, chunking);
   const bool active = tile.channel < inputs.end_channel();
-  Channel<Acc> channels[kChannels];
-  load_per_channel<Channel<Acc>, T_>(inputs, channels,
-                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
+  NormCoefficients<Acc> channels[kChannels];
+  load_per_channel<NormCoefficients<Acc>, T_>(
+      inputs, channels, [&](int64_t c) { return NormCoefficients<Acc>::load(bn, c); });
   Sums<Acc> sums[kChannels] = {};
   if (active) {
     const Feature& feature = inputs.find(tile.channel);
-    using W = Window<T, V, Inputs::kRowDims>;
+    using W = ThreadView<T, V, Inputs::kRowDims>;
     const W x(feature.x, rows, tile.channel - feature.first_channel);
     const W grad_y(grad_y_view, rows, tile.channel);
     tile.template for_each_group<kUnrollOfSeveral<V>>([&](int64_t row, auto steps) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const Channel<Acc>& channel = channels[T_::channel_of(i)];
+          const NormCoefficients<Acc>& channel = channels[T_::channel_of(i)];
           const Acc value = widen(x_packs[s].values[i]);
           const Acc dz = masked<T>(channel, value, widen(grad_packs[s].values[i]));
           group[T_::channel_of(i)].add(dz, dz * (value - channel.mean));
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Acc>
-__global__ void merge_sums_kernel(int64_t channels, Chunking chunking, const double* partial_dz,
+__global__ void merge_sums_kernel(int64_t channels, RowChunking chunking, const double* partial_dz,
                                   const double* partial_dz_centred, BatchNorm bn,
                                   Gradients gradients) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
@@ -78,21 +78,21 @@ __global__ void merge_sums_kernel(int64_t channels, Chunking chunking, const dou
 template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
     grad_features_kernel(const __grid_constant__ Inputs inputs,
-                         const __grid_constant__ RowSpace rows, Chunking chunking, BatchNorm bn,
+                         const __grid_constant__ RowSpace rows, RowChunking chunking, BatchNorm bn,
                          const __grid_constant__ Gradients gradients) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   const T_ tile(inputs, rows, chunking);
-  GradChannel<Acc> channels[T_::kChannels];
-  load_per_channel<GradChannel<Acc>, T_>(inputs, channels, [&](int64_t c) {
-    return GradChannel<Acc>::load(bn, gradients, c, rows.count);
+  NormGradCoefficients<Acc> channels[T_::kChannels];
+  load_per_channel<NormGradCoefficients<Acc>, T_>(inputs, channels, [&](int64_t c) {
+    return NormGradCoefficients<Acc>::load(bn, gradients, c, rows.count);
   });
   if (tile.channel >= inputs.end_channel()) return;
   const Feature& feature = inputs.find(tile.channel);
   if (feature.grad_x.data == nullptr) return;
 
   const int64_t first = tile.channel - feature.first_channel;
-  using W = Window<T, V, Inputs::kRowDims>;
+  using W = ThreadView<T, V, Inputs::kRowDims>;
   const W x(feature.x, rows, first);
   const W grad_x(feature.grad_x, rows, first);
   const W grad_y(gradients.grad_y, rows, tile.channel);
@@ -109,10 +109,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const GradChannel<Acc>& channel = channels[T_::channel_of(i)];
+        const NormGradCoefficients<Acc>& channel = channels[T_::channel_of(i)];
         const Acc value = widen(x_packs[s].values[i]);
         const Acc dz = masked<T>(channel, value, widen(grad_packs[s].values[i]));
-        grad_packs[s].values[i] = narrow<T>(channel.grad_x(value, dz));
+        grad_packs[s].values[i] = narrow<T>(channel.grad_x(value, dz, gradients.batch_statistics));
       }
       *grad_x.at(row + s * tile.row_step) = grad_packs[s];
     }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void merge_gradients(const KernelArgs& args, const BatchNorm& bn, const Gradients& gradients,
-                     const Chunking& chunking, const double* partial_dz,
+                     const RowChunking& chunking, const double* partial_dz,
                      const double* partial_dz_centred) {
   const auto kernel =
       is_double(args.element) ? merge_sums_kernel<double> : merge_sums_kernel<float>;
@@ -132,28 +132,28 @@ void merge_gradients(const KernelArgs& args, const BatchNorm& bn, const Gradient
 }
 
 void backward_elementwise(const KernelArgs& args, const BatchNorm& bn, const Gradients& gradients) {
-  const Plan plan(args, &gradients.grad_y, Plan::kElementwiseBlocks);
-  const auto kernel = [](auto element, auto walk) {
-    using W = decltype(walk);
+  const LaunchGeometry geometry(args, &gradients.grad_y, LaunchGeometry::kElementwiseBlocks);
+  const auto kernel = [](auto element, auto access) {
+    using W = decltype(access);
     return grad_features_kernel<decltype(element), W::vector, W::channels_inner,
                                 typename W::Inputs>;
   };
-  launch_over_inputs("grad_features_kernel", kernel, args, plan, bn, gradients);
+  launch_over_inputs("grad_features_kernel", kernel, args, geometry, bn, gradients);
 }
 
 void concat_bn_relu_backward(const KernelArgs& args, const BatchNorm& bn,
                              const Gradients& gradients) {
-  const Plan plan(args, &gradients.grad_y, Plan::kReductionBlocks);
-  double* const partial_dz = plan.workspace(args);
-  double* const partial_dz_centred = partial_dz + args.channels * plan.chunking.chunks;
-  const auto kernel = [](auto element, auto walk) {
-    using W = decltype(walk);
+  const LaunchGeometry geometry(args, &gradients.grad_y, LaunchGeometry::kReductionBlocks);
+  double* const partial_dz = geometry.workspace(args);
+  double* const partial_dz_centred = partial_dz + args.channels * geometry.chunking.chunks;
+  const auto kernel = [](auto element, auto access) {
+    using W = decltype(access);
     return backward_sums_kernel<decltype(element), W::vector, W::channels_inner,
                                 typename W::Inputs>;
   };
-  launch_over_inputs("backward_sums_kernel", kernel, args, plan, bn, gradients.grad_y, partial_dz,
-                     partial_dz_centred);
-  merge_gradients(args, bn, gradients, plan.chunking, partial_dz, partial_dz_centred);
+  launch_over_inputs("backward_sums_kernel", kernel, args, geometry, bn, gradients.grad_y,
+                     partial_dz, partial_dz_centred);
+  merge_gradients(args, bn, gradients, geometry.chunking, partial_dz, partial_dz_centred);
   backward_elementwise(args, bn, gradients);
 }
 

@@ -5,7 +5,7 @@
 // kUnroll accesses are formed in registers (mean first, then squares about it) and merged into the
 // thread's moments, threads' into the block's, blocks' into the channel's (Chan, Golub and LeVeque
 // 1983). So neither a mean of many standard deviations nor many rows cost accuracy, and the order
-// of all sums depends on the shape alone.
+// of all sums depends on shapes, strides and alignment alone.
 // Tiling: tile.cuh; partial results [C, chunks], then one warp per channel.
 // Bytes: each element is read once (and written once where it is copied), sizeof(T) per element; 16
 // bytes per channel and chunk besides.
@@ -45,7 +45,7 @@ __device__ Moments<acc_t<T>, kChannels> group_moments(const Pack<T, V> (&packs)[
 template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
     concat_bn_stats_kernel(const __grid_constant__ Inputs inputs,
-                           const __grid_constant__ RowSpace rows, Chunking chunking,
+                           const __grid_constant__ RowSpace rows, RowChunking chunking,
                            const __grid_constant__ View copy, double* partial_mean,
                            double* partial_m2) {
   using Acc = acc_t<T>;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   if (active) {
     const Feature& feature = inputs.find(tile.channel);
     const int64_t channel = tile.channel - feature.first_channel;
-    using W = Window<T, V, Inputs::kRowDims>;
+    using W = ThreadView<T, V, Inputs::kRowDims>;
     const W x(feature.x, rows, channel);
     const W to(copy, rows, tile.channel);
     const T* const first_row = static_cast<const T*>(feature.x.data);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // First the mean over all chunks, then the squares about it: no division per chunk, and the loads
 // of a pass do not wait for one another.
-__global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunking chunking,
+__global__ void merge_moments_kernel(int64_t channels, int64_t row_count, RowChunking chunking,
                                      const double* partial_mean, const double* partial_m2,
                                      Statistics statistics) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
@@ -158,7 +158,7 @@ __global__ void merge_moments_kernel(int64_t channels, int64_t row_count, Chunki
 
 }  // namespace
 
-void merge_moments(int64_t channels, int64_t row_count, const Chunking& chunking,
+void merge_moments(int64_t channels, int64_t row_count, const RowChunking& chunking,
                    const double* partial_mean, const double* partial_m2,
                    const Statistics& statistics, void* stream) {
   merge_moments_kernel<<<merge_grid(channels), merge_block(), 0,
@@ -168,18 +168,19 @@ void merge_moments(int64_t channels, int64_t row_count, const Chunking& chunking
 }
 
 void concat_bn_stats(const KernelArgs& args, const Statistics& statistics) {
-  const Plan plan(args, statistics.copy, Plan::kReductionBlocks);
+  const LaunchGeometry geometry(args, statistics.copy, LaunchGeometry::kReductionBlocks);
   const View copy = statistics.copy == nullptr ? View{} : *statistics.copy;
-  double* const partial_mean = plan.workspace(args);
-  double* const partial_m2 = partial_mean + args.channels * plan.chunking.chunks;
-  const auto kernel = [](auto element, auto walk) {
-    using W = decltype(walk);
+  double* const partial_mean = geometry.workspace(args);
+  double* const partial_m2 = partial_mean + args.channels * geometry.chunking.chunks;
+  const auto kernel = [](auto element, auto access) {
+    using W = decltype(access);
     return concat_bn_stats_kernel<decltype(element), W::vector, W::channels_inner,
                                   typename W::Inputs>;
   };
-  launch_over_inputs("concat_bn_stats_kernel", kernel, args, plan, copy, partial_mean, partial_m2);
-  merge_moments(args.channels, args.rows.count, plan.chunking, partial_mean, partial_m2, statistics,
-                args.stream);
+  launch_over_inputs("concat_bn_stats_kernel", kernel, args, geometry, copy, partial_mean,
+                     partial_m2);
+  merge_moments(args.channels, args.rows.count, geometry.chunking, partial_mean, partial_m2,
+                statistics, args.stream);
 }
 
 }  // namespace efficient_densenet::cuda

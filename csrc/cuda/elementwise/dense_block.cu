@@ -1,11 +1,11 @@
-// The kernels of a dense block: formulas in ../dense_block.h. All tensors are matrices, channels
+// The kernels of a dense block: formulas in dense_block/kernels.h. All tensors are matrices, channels
 // inner; tiling and sums over rows as in tile.cuh and sums.cuh, sums in an order that depends on
-// the shape alone.
+// shapes, strides and alignment alone.
 //
 // Bytes per element of x, of s bytes; one of G has g = 4 (8 for double):
 //   accumulate  2 s + g read (x, grad_y, G), g written (G); the first reader of a block does not
 //               read G. With pooling, grad_y is a quarter (2-d) of that and comes from the cache.
-//   finalise    s + g read (x, G), s written
+//   apply_bn_correction    s + g read (x, G), s written
 //   pool        1 read, 1 / 2^dims written; averages of images: dense_block_average.cu
 // Limit: memory bandwidth. Shared memory: 32 KB at V = 8 for the sums of accumulate.
 #include "cuda/elementwise/dense_block_average.cuh"
@@ -21,7 +21,7 @@ namespace {
 template <typename T, int V>
 struct DirectSource {
   static constexpr bool kPooled = false;
-  Window<T, V, 1> grad_y;
+  ThreadView<T, V, 1> grad_y;
 
   __device__ DirectSource(const View& view, const Pooling&, const RowSpace& rows, int64_t channel)
       : grad_y(view, rows, channel) {}
@@ -63,7 +63,7 @@ struct PooledSource {
 template <typename T, int V, template <typename, int> class Source_>
 __global__ void __launch_bounds__(kThreads)
     accumulate_kernel(const __grid_constant__ Matrix matrix, const __grid_constant__ RowSpace rows,
-                      Chunking chunking, BatchNorm bn, const __grid_constant__ View grad_y_view,
+                      RowChunking chunking, BatchNorm bn, const __grid_constant__ View grad_y_view,
                       const __grid_constant__ Pooling pooling,
                       const __grid_constant__ View grad_features_view, bool first_reader,
                       double* partial_dz, double* partial_dz_centred) {
@@ -72,13 +72,13 @@ __global__ void __launch_bounds__(kThreads)
   using Source = Source_<T, V>;
   const T_ tile(matrix, rows, chunking);
   const bool active = tile.channel < matrix.end_channel();
-  Channel<Acc> channels[V];
-  load_per_channel<Channel<Acc>, T_>(matrix, channels,
-                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
+  NormCoefficients<Acc> channels[V];
+  load_per_channel<NormCoefficients<Acc>, T_>(
+      matrix, channels, [&](int64_t c) { return NormCoefficients<Acc>::load(bn, c); });
   Sums<Acc> sums[V] = {};
   if (active) {
-    const Window<T, V, 1> x(matrix.feature.x, rows, tile.channel);
-    const Window<Acc, V, 1> grad_features(grad_features_view, rows, tile.channel);
+    const ThreadView<T, V, 1> x(matrix.feature.x, rows, tile.channel);
+    const ThreadView<Acc, V, 1> grad_features(grad_features_view, rows, tile.channel);
     const Source grad_y(grad_y_view, pooling, rows, tile.channel);
     Acc share = 1;
     if constexpr (Source::kPooled) {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One warp per channel: the sums over the chunks so far and, with the last, what follows from them.
 template <typename Acc>
-__global__ void merge_norm_grad_kernel(int64_t channels, Chunking chunking,
+__global__ void merge_norm_grad_kernel(int64_t channels, RowChunking chunking,
                                        const double* partial_dz, const double* partial_dz_centred,
                                        BatchNorm bn,
                                        const __grid_constant__ NormGradArgs norm_grad) {
@@ -131,21 +131,23 @@ __global__ void merge_norm_grad_kernel(int64_t channels, Chunking chunking,
   const ChannelGradients<Acc> channel(sums, bn, c);
   channel.write(norm_grad.grad_weight, norm_grad.grad_bias, c);
   const double weight = bn.weight == nullptr ? 1 : static_cast<const Acc*>(bn.weight)[c];
-  const double scale = norm_grad.batch_statistics ? weight * channel.inverse_std : 0;
-  const double s1 = scale * channel.grad_bias;
-  const double s2 = scale * channel.inverse_std * channel.grad_weight;
+  // The sums of other norms may be infinite, so that 0 times them is NaN.
+  const bool corrects = norm_grad.batch_statistics;
+  const double scale = weight * channel.inverse_std;
+  const double s1 = corrects ? scale * channel.grad_bias : 0;
+  const double s2 = corrects ? scale * channel.inverse_std * channel.grad_weight : 0;
   double &all_s1 = norm_grad.correction.s1[c], &all_s2 = norm_grad.correction.s2[c];
   all_s1 = norm_grad.first_reader ? s1 : all_s1 + s1;
   all_s2 = norm_grad.first_reader ? s2 : all_s2 + s2;
 }
 
 // ---------------------------------------------------------------------------------------------
-// finalise
+// apply_bn_correction
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     apply_bn_correction_kernel(const __grid_constant__ Matrix matrix,
-                               const __grid_constant__ RowSpace rows, Chunking chunking,
+                               const __grid_constant__ RowSpace rows, RowChunking chunking,
                                const __grid_constant__ View grad_features_view, const double* mean,
                                Correction sums) {
   using Acc = acc_t<T>;
@@ -156,9 +158,9 @@ __global__ void __launch_bounds__(kThreads)
     return CorrectionCoefficients<Acc>::load(mean, sums, rows.count, c);
   });
   if (tile.channel >= matrix.end_channel()) return;
-  const Window<T, V, 1> x(matrix.feature.x, rows, tile.channel);
-  const Window<T, V, 1> grad_x(matrix.feature.grad_x, rows, tile.channel);
-  const Window<Acc, V, 1> grad_features(grad_features_view, rows, tile.channel);
+  const ThreadView<T, V, 1> x(matrix.feature.x, rows, tile.channel);
+  const ThreadView<T, V, 1> grad_x(matrix.feature.grad_x, rows, tile.channel);
+  const ThreadView<Acc, V, 1> grad_features(grad_features_view, rows, tile.channel);
   tile.template for_each_group<kUnrollOfSeveral<V>>([&](int64_t row, auto steps) {
     constexpr int kSteps = decltype(steps)::value;
     Pack<T, V> x_packs[kSteps];
@@ -186,16 +188,16 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     pool_kernel(const __grid_constant__ Matrix matrix, const __grid_constant__ RowSpace pooled_rows,
-                Chunking chunking, BatchNorm bn, const __grid_constant__ Pooling pooling,
+                RowChunking chunking, BatchNorm bn, const __grid_constant__ Pooling pooling,
                 const __grid_constant__ View y_view) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(matrix, pooled_rows, chunking);
-  Channel<Acc> channels[V];
-  load_per_channel<Channel<Acc>, T_>(matrix, channels,
-                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
+  NormCoefficients<Acc> channels[V];
+  load_per_channel<NormCoefficients<Acc>, T_>(
+      matrix, channels, [&](int64_t c) { return NormCoefficients<Acc>::load(bn, c); });
   if (tile.channel >= matrix.end_channel()) return;
-  const Window<T, V, 1> y(y_view, pooled_rows, tile.channel);
+  const ThreadView<T, V, 1> y(y_view, pooled_rows, tile.channel);
   const int64_t stride = matrix.feature.x.row_strides[0];
   const T* const x = static_cast<const T*>(matrix.feature.x.data) + tile.channel;
   const Acc share = Acc(1) / Acc(1 << pooling.dims);
@@ -238,7 +240,7 @@ RowSpace pooled_rows(const Pooling& pooling) {
 }  // namespace
 
 void merge_norm_grad(const KernelArgs& args, const BatchNorm& bn, const NormGradArgs& norm_grad,
-                     const Chunking& chunking, const double* partial_dz,
+                     const RowChunking& chunking, const double* partial_dz,
                      const double* partial_dz_centred) {
   const auto kernel =
       is_double(args.element) ? merge_norm_grad_kernel<double> : merge_norm_grad_kernel<float>;
@@ -252,33 +254,33 @@ void accumulate_norm_grad(const KernelArgs& args, const BatchNorm& bn,
   // For the choice of accesses, G is the gradient of x.
   KernelArgs all = args;
   all.features[0].grad_x = norm_grad.grad_features;
-  const Plan plan(all, &norm_grad.grad_y, Plan::kReductionBlocks);
+  const LaunchGeometry geometry(all, &norm_grad.grad_y, LaunchGeometry::kReductionBlocks);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const Pooling pooling = norm_grad.pooling == nullptr ? Pooling{} : *norm_grad.pooling;
-  double* const partial_dz = plan.workspace(args);
-  double* const partial_dz_centred = partial_dz + args.channels * plan.chunking.chunks;
+  double* const partial_dz = geometry.workspace(args);
+  double* const partial_dz_centred = partial_dz + args.channels * geometry.chunking.chunks;
   const Matrix matrix{args.features[0]};
-  dispatch_matrix(args.element, plan.walk.vector, [&](auto element, auto walk) {
+  dispatch_matrix(args.element, geometry.access.vector, [&](auto element, auto access) {
     using T = decltype(element);
-    constexpr int V = decltype(walk)::vector;
+    constexpr int V = decltype(access)::vector;
     const auto kernel = norm_grad.pooling == nullptr ? accumulate_kernel<T, V, DirectSource>
                                                      : accumulate_kernel<T, V, PooledSource>;
-    kernel<<<plan.grid(matrix), plan.block, 0, stream>>>(
-        matrix, args.rows, plan.chunking, bn, norm_grad.grad_y, pooling, norm_grad.grad_features,
-        norm_grad.first_reader, partial_dz, partial_dz_centred);
+    kernel<<<geometry.grid(matrix), geometry.block, 0, stream>>>(
+        matrix, args.rows, geometry.chunking, bn, norm_grad.grad_y, pooling,
+        norm_grad.grad_features, norm_grad.first_reader, partial_dz, partial_dz_centred);
     check(cudaGetLastError(), "accumulate_kernel");
   });
-  merge_norm_grad(args, bn, norm_grad, plan.chunking, partial_dz, partial_dz_centred);
+  merge_norm_grad(args, bn, norm_grad, geometry.chunking, partial_dz, partial_dz_centred);
 }
 
 void apply_bn_correction(const KernelArgs& args, const View& grad_features, const double* mean,
                          const Correction& correction) {
-  const Plan plan(args, &grad_features, Plan::kElementwiseBlocks);
+  const LaunchGeometry geometry(args, &grad_features, LaunchGeometry::kElementwiseBlocks);
   const Matrix matrix{args.features[0]};
-  dispatch_matrix(args.element, plan.walk.vector, [&](auto element, auto walk) {
-    apply_bn_correction_kernel<decltype(element), decltype(walk)::vector>
-        <<<plan.grid(matrix), plan.block, 0, static_cast<cudaStream_t>(args.stream)>>>(
-            matrix, args.rows, plan.chunking, grad_features, mean, correction);
+  dispatch_matrix(args.element, geometry.access.vector, [&](auto element, auto access) {
+    apply_bn_correction_kernel<decltype(element), decltype(access)::vector>
+        <<<geometry.grid(matrix), geometry.block, 0, static_cast<cudaStream_t>(args.stream)>>>(
+            matrix, args.rows, geometry.chunking, grad_features, mean, correction);
     check(cudaGetLastError(), "apply_bn_correction_kernel");
   });
 }
@@ -288,12 +290,12 @@ void average_pool(const KernelArgs& args, const BatchNorm& bn, const Pooling& po
   if (pooling.of_images()) return average_images(args, bn, pooling, y);
   KernelArgs pooled = args;
   pooled.rows = pooled_rows(pooling);
-  const Plan plan(pooled, &y, Plan::kElementwiseBlocks);
+  const LaunchGeometry geometry(pooled, &y, LaunchGeometry::kElementwiseBlocks);
   const Matrix matrix{args.features[0]};
-  dispatch_matrix(args.element, plan.walk.vector, [&](auto element, auto walk) {
-    pool_kernel<decltype(element), decltype(walk)::vector>
-        <<<plan.grid(matrix), plan.block, 0, static_cast<cudaStream_t>(args.stream)>>>(
-            matrix, pooled.rows, plan.chunking, bn, pooling, y);
+  dispatch_matrix(args.element, geometry.access.vector, [&](auto element, auto access) {
+    pool_kernel<decltype(element), decltype(access)::vector>
+        <<<geometry.grid(matrix), geometry.block, 0, static_cast<cudaStream_t>(args.stream)>>>(
+            matrix, pooled.rows, geometry.chunking, bn, pooling, y);
     check(cudaGetLastError(), "pool_kernel");
   });
 }

@@ -2,14 +2,14 @@
 //
 // Tiling: tile.cuh over the rows of one image. Blocks share channels (x), the chunks of an image
 // (y: one, where images and channels fill the GPU) and images (z). Sums: a thread's in the
-// arithmetic type, those of a block and of chunks in double, in an order that depends on the shape
-// alone. Bytes: each element is read once, sizeof(T); 8 per channel and chunk of an image besides,
+// arithmetic type, those of a block and of chunks in double, in an order that depends on shapes,
+// strides and alignment alone. Bytes: each element is read once, sizeof(T); 8 per channel and chunk of an image besides,
 // where there are several. Limit: memory bandwidth; with small images (7 x 7) latency, as a thread
 // has few rows. Shared memory: 21 KB at V = 8. Why not one thread per image and channel, without a
 // sum over threads: the head of DenseNet-121 has 64 x 1024 of them, 8 channels to a thread, which
 // is 2 warps per multiprocessor.
 #include "cuda/elementwise/dense_block_average.cuh"
-#include "cuda/elementwise/tile.cuh"
+#include "cuda/elementwise/launch.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -56,19 +56,19 @@ __device__ void sum_over_threads(const Acc (&own)[V], double (&sums)[V]) {
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     average_kernel(const __grid_constant__ Matrix matrix,
-                   const __grid_constant__ RowSpace image_rows, int64_t images, Chunking chunking,
-                   BatchNorm bn, Averages<T> averages) {
+                   const __grid_constant__ RowSpace image_rows, int64_t images,
+                   RowChunking chunking, BatchNorm bn, Averages<T> averages) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(matrix, image_rows, chunking);
   const bool active = tile.channel < matrix.end_channel();
-  Channel<Acc> channels[V];
-  load_per_channel<Channel<Acc>, T_>(matrix, channels,
-                                     [&](int64_t c) { return Channel<Acc>::load(bn, c); });
+  NormCoefficients<Acc> channels[V];
+  load_per_channel<NormCoefficients<Acc>, T_>(
+      matrix, channels, [&](int64_t c) { return NormCoefficients<Acc>::load(bn, c); });
   for (int64_t image = blockIdx.z; image < images; image += gridDim.z) {
     Acc own[V] = {};
     if (active) {
-      const Window<T, V, 1> x(matrix.feature.x, image_rows, tile.channel);
+      const ThreadView<T, V, 1> x(matrix.feature.x, image_rows, tile.channel);
       const int64_t first = image * image_rows.count;
       tile.template for_each_group<kUnroll>([&](int64_t row, auto steps) {
         constexpr int kSteps = decltype(steps)::value;
@@ -112,20 +112,21 @@ void average_images(const KernelArgs& args, const BatchNorm& bn, const Pooling& 
                     const View& y) {
   KernelArgs image = args;
   image.rows = {1, {pooling.window, 1, 1, 1}, pooling.window};
-  const Plan plan(image, nullptr, ceil_div(Plan::kReductionBlocks, pooling.images));
+  const LaunchGeometry geometry(image, nullptr,
+                                ceil_div(LaunchGeometry::kReductionBlocks, pooling.images));
   const Matrix matrix{args.features[0]};
-  const int chunks = plan.chunking.chunks;
+  const int chunks = geometry.chunking.chunks;
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const int64_t count = pooling.images * args.channels;
   double* const partial = chunks > 1 ? args.workspace(count * chunks) : nullptr;
-  dim3 grid = plan.grid(matrix);
+  dim3 grid = geometry.grid(matrix);
   grid.z = static_cast<unsigned>(std::min<int64_t>(pooling.images, 65535));
-  dispatch_matrix(args.element, plan.walk.vector, [&](auto element, auto walk) {
+  dispatch_matrix(args.element, geometry.access.vector, [&](auto element, auto access) {
     using T = decltype(element);
     const Averages<T> averages{static_cast<T*>(y.data), y.row_strides[0], partial,
                                args.channels,           pooling.window,   chunks};
-    average_kernel<T, decltype(walk)::vector><<<grid, plan.block, 0, stream>>>(
-        matrix, image.rows, pooling.images, plan.chunking, bn, averages);
+    average_kernel<T, decltype(access)::vector><<<grid, geometry.block, 0, stream>>>(
+        matrix, image.rows, pooling.images, geometry.chunking, bn, averages);
     check(cudaGetLastError(), "average_kernel");
     if (chunks == 1) return;
     merge_averages_kernel<T><<<merge_grid(count), merge_block(), 0, stream>>>(count, averages);

@@ -2,7 +2,7 @@
 // 1983): neither a mean of many standard deviations nor many rows cost accuracy.
 #pragma once
 
-#include "cuda/elementwise/tile.cuh"
+#include "cuda/elementwise/launch.cuh"
 
 namespace efficient_densenet::cuda {
 
@@ -30,7 +30,7 @@ struct Moments {
 
 // The moments of each channel from those of its chunks of rows, [channels, chunks] each: one warp
 // per channel. In concat_bn_stats.cu.
-void merge_moments(int64_t channels, int64_t row_count, const Chunking& chunking,
+void merge_moments(int64_t channels, int64_t row_count, const RowChunking& chunking,
                    const double* partial_mean, const double* partial_m2,
                    const Statistics& statistics, void* stream);
 

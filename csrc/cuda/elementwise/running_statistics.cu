@@ -1,7 +1,7 @@
 // Formula in operators/running_statistics.h: one block per norm, a thread per channel.
 #include <algorithm>
 
-#include "cuda/elementwise/tile.cuh"
+#include "cuda/elementwise/launch.cuh"
 #include "operators/running_statistics.h"
 
 namespace efficient_densenet::cuda {

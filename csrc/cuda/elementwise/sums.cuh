@@ -4,16 +4,17 @@
 //
 // of each channel, from which follow the gradients of weight and bias and what the statistics of
 // the batch send back. A thread's sums, and those of a whole block of a tensor-core kernel, are in
-// the arithmetic type, all others in double, in an order that depends on the shape alone.
+// the arithmetic type, all others in double, in an order that depends on shapes,
+// strides and alignment alone.
 #pragma once
 
-#include "cuda/elementwise/tile.cuh"
+#include "cuda/elementwise/launch.cuh"
 #include "dense_block/kernels.h"
 
 namespace efficient_densenet::cuda {
 
 template <typename T>
-__device__ acc_t<T> masked(const Channel<acc_t<T>>& channel, acc_t<T> x, acc_t<T> grad_y) {
+__device__ acc_t<T> masked(const NormCoefficients<acc_t<T>>& channel, acc_t<T> x, acc_t<T> grad_y) {
   return relu_is_open<T>(channel.normalise(x)) ? grad_y : acc_t<T>(0);
 }
 
@@ -31,7 +32,7 @@ struct Sums {
 // A block's sums, from those of its threads: one partial result per channel and chunk.
 template <typename Acc, int kChannels>
 __device__ void write_partial_sums(const Sums<Acc> (&own)[kChannels], bool active, int64_t channel,
-                                   const Chunking& chunking, double* partial_dz,
+                                   const RowChunking& chunking, double* partial_dz,
                                    double* partial_dz_centred) {
   __shared__ double shared_dz[kChannels][kThreads], shared_dz_centred[kChannels][kThreads];
   Sums<double> sums[kChannels] = {};
@@ -61,8 +62,8 @@ __device__ void write_partial_sums(const Sums<Acc> (&own)[kChannels], bool activ
 }
 
 // Adds the sums of the 8 lanes that have the same columns: lanes 4 apart, as an mma leaves them
-// (mma.cuh). Each step halves the columns of a lane. Returns which of them the lane is left with;
-// of 4 columns, two lanes have the same.
+// (fragments.cuh). Each step halves the columns of a lane. Returns which of them the lane is left
+// with; of 4 columns, two lanes have the same.
 template <int kColumns>
 __device__ int add_lanes(float (&dz)[kColumns], float (&dz_centred)[kColumns]) {
   static_assert(kColumns == 4 || kColumns == 8);
@@ -89,7 +90,7 @@ __device__ int add_lanes(float (&dz)[kColumns], float (&dz_centred)[kColumns]) {
 }
 
 // The sums of channel c over all chunks, with the first thread of a warp.
-__device__ inline Sums<double> merged_sums(int64_t c, const Chunking& chunking,
+__device__ inline Sums<double> merged_sums(int64_t c, const RowChunking& chunking,
                                            const double* partial_dz,
                                            const double* partial_dz_centred) {
   Sums<double> sums{};
@@ -109,10 +110,10 @@ struct ChannelGradients {
   double grad_bias, grad_weight, inverse_std;
 
   __device__ ChannelGradients(const Sums<double>& sums, const BatchNorm& bn, int64_t c) {
-    inverse_std = Channel<Acc>::inverse_sqrt(bn.var[c] + bn.eps);
-    const double rest = Channel<Acc>::load(bn, c).rest;
+    inverse_std = NormCoefficients<Acc>::inverse_sqrt(bn.var[c] + bn.eps);
+    const double mean_residual = NormCoefficients<Acc>::load(bn, c).mean_residual;
     grad_bias = sums.dz;
-    grad_weight = (sums.dz_centred - rest * sums.dz) * inverse_std;
+    grad_weight = (sums.dz_centred - mean_residual * sums.dz) * inverse_std;
   }
 
   __device__ void write(void* grad_weights, void* grad_biases, int64_t c) const {
@@ -129,10 +130,11 @@ struct ChannelGradients {
 // lacks comes in here, and G is rounded only once, against a number that differs in every row.
 template <typename Acc>
 struct CorrectionCoefficients {
-  Acc mean, offset, rest, slope;
+  Acc mean, offset, offset_residual, slope;
 
   __device__ static CorrectionCoefficients load(const double* mean, const Correction& correction,
                                                 int64_t row_count, int64_t c) {
+    if (mean == nullptr) return {};  // nothing to correct
     const auto rounded = static_cast<Acc>(mean[c]);
     const double slope = correction.s2[c] / row_count;
     const double exact = correction.s1[c] / row_count - (mean[c] - rounded) * slope;
@@ -140,36 +142,40 @@ struct CorrectionCoefficients {
     return {rounded, offset, static_cast<Acc>(exact - offset), static_cast<Acc>(slope)};
   }
 
-  __device__ Acc gradient(Acc g, Acc x) const { return g - (offset + fma(x - mean, slope, rest)); }
+  __device__ Acc gradient(Acc g, Acc x) const {
+    return g - (offset + fma(x - mean, slope, offset_residual));
+  }
 };
 
 // grad_x = scale * dz - offset - (x - rounded mean) * slope; the last two are what the batch
 // statistics send back, 0 for running statistics.
 template <typename Acc>
-struct GradChannel : Channel<Acc> {
+struct NormGradCoefficients : NormCoefficients<Acc> {
   Acc offset, slope;
 
-  __device__ static GradChannel load(const BatchNorm& bn, const Gradients& gradients, int64_t c,
-                                     int64_t row_count) {
-    GradChannel channel{Channel<Acc>::load(bn, c), Acc(0), Acc(0)};
+  __device__ static NormGradCoefficients load(const BatchNorm& bn, const Gradients& gradients,
+                                              int64_t c, int64_t row_count) {
+    NormGradCoefficients channel{NormCoefficients<Acc>::load(bn, c), Acc(0), Acc(0)};
     if (!gradients.batch_statistics) return channel;
     const Acc per_row = channel.scale / static_cast<Acc>(row_count);
     const Acc grad_weight = static_cast<const Acc*>(gradients.grad_weight)[c];
     channel.slope = per_row * channel.inverse_std * grad_weight;
     channel.offset = per_row * static_cast<const Acc*>(gradients.grad_bias)[c];
-    channel.offset = fma(-channel.rest, channel.slope, channel.offset);
+    channel.offset = fma(-channel.mean_residual, channel.slope, channel.offset);
     return channel;
   }
 
-  __device__ Acc grad_x(Acc x, Acc dz) const {
-    return fma(this->mean - x, slope, fma(this->scale, dz, -offset));
+  // `corrects` is that of load. Without it x is not touched: 0 times an infinite x is NaN.
+  __device__ Acc grad_x(Acc x, Acc dz, bool corrects) const {
+    const Acc own = fma(this->scale, dz, -offset);
+    return corrects ? fma(this->mean - x, slope, own) : own;
   }
 };
 
 // What a reader's sums over all rows lead to, from the partial results [C, chunks] of a kernel that
 // has added to G: one warp per channel. In dense_block.cu.
 void merge_norm_grad(const KernelArgs& args, const BatchNorm& bn, const NormGradArgs& norm_grad,
-                     const Chunking& chunking, const double* partial_dz,
+                     const RowChunking& chunking, const double* partial_dz,
                      const double* partial_dz_centred);
 
 }  // namespace efficient_densenet::cuda

@@ -22,10 +22,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <type_traits>
 
-#include "common/checks.h"
 #include "common/kernel_args.h"
 
 namespace efficient_densenet::cuda {
@@ -110,7 +108,7 @@ struct Matrix {
 };
 
 // Rows are reduced or written in `chunks` stretches of `rows_per_chunk` rows, one per block.
-struct Chunking {
+struct RowChunking {
   int64_t rows_per_chunk;
   int chunks;
 };
@@ -135,7 +133,7 @@ struct Tile {
   int64_t row, row_end, row_step;
 
   template <typename Inputs>
-  __device__ Tile(const Inputs& inputs, const RowSpace& rows, const Chunking& chunking) {
+  __device__ Tile(const Inputs& inputs, const RowSpace& rows, const RowChunking& chunking) {
     channel = inputs.first_channel() +
               (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kChannels;
     const int64_t begin = blockIdx.y * chunking.rows_per_chunk;
@@ -161,12 +159,12 @@ struct Tile {
 // One thread's window into one tensor. The strides are copied to registers: neighbouring threads
 // may look at different features, and constant memory serves one address at a time.
 template <typename T, int V, int kRowDims>
-struct Window {
+struct ThreadView {
   T* base;
   const RowSpace& rows;
   int64_t strides[kRowDims];
 
-  __device__ Window(const View& view, const RowSpace& rows, int64_t channel)
+  __device__ ThreadView(const View& view, const RowSpace& rows, int64_t channel)
       : base(static_cast<T*>(view.data) + channel * view.channel_stride), rows(rows) {
 #pragma unroll
     for (int d = 0; d < kRowDims; ++d) strides[d] = view.row_strides[d];
@@ -186,23 +184,23 @@ struct Window {
 };
 
 // Per-channel numbers of y = relu((x - mean) * scale + bias), the mean split as in BatchNorm:
-// `rest` is what its rounded value lacks, and `bias` makes up for it.
+// `mean_residual` is what its rounded value lacks, and `bias` makes up for it.
 template <typename Acc>
-struct Channel {
-  Acc mean, rest, inverse_std, scale, bias;
+struct NormCoefficients {
+  Acc mean, mean_residual, inverse_std, scale, bias;
 
-  __device__ static Channel load(const BatchNorm& bn, int64_t c) {
+  __device__ static NormCoefficients load(const BatchNorm& bn, int64_t c) {
     const double inverse_std = inverse_sqrt(bn.var[c] + bn.eps);
     const Acc weight = bn.weight == nullptr ? Acc(1) : static_cast<const Acc*>(bn.weight)[c];
     const Acc bias = bn.bias == nullptr ? Acc(0) : static_cast<const Acc*>(bn.bias)[c];
     const double scale = weight * inverse_std;
-    Channel channel;
+    NormCoefficients channel;
     channel.inverse_std = static_cast<Acc>(inverse_std);
     channel.scale = static_cast<Acc>(scale);
     channel.mean = round_mean(bn.mean[c], channel.inverse_std);
-    const double rest = bn.mean[c] - channel.mean;
-    channel.rest = static_cast<Acc>(rest);
-    channel.bias = static_cast<Acc>(bias - rest * scale);
+    const double mean_residual = bn.mean[c] - channel.mean;
+    channel.mean_residual = static_cast<Acc>(mean_residual);
+    channel.bias = static_cast<Acc>(bias - mean_residual * scale);
     return channel;
   }
 
@@ -270,7 +268,7 @@ __device__ bool relu_is_open(acc_t<T> value) {
 // Sums over rows leave a block as one partial result per channel and chunk, [C, chunks], and are
 // merged by one warp per channel in a second kernel. Partial results are double: they are few, and
 // the merge then adds no error of its own.
-__device__ inline int64_t partial_index(const Chunking& chunking, int64_t channel) {
+__device__ inline int64_t partial_index(const RowChunking& chunking, int64_t channel) {
   return channel * chunking.chunks + blockIdx.y;
 }
 
@@ -291,241 +289,5 @@ __device__ void reduce_threads(const Put& put, const Take& take) {
 
 constexpr int kWarp = 32;
 constexpr int kMergeWarps = 4;  // channels per block of the second kernel
-
-// ---------------------------------------------------------------------------------------------
-// Host side
-
-inline void check(cudaError_t error, const char* what) {
-  EFFICIENT_DENSENET_CHECK(error == cudaSuccess, "efficient_densenet", what, ": ",
-                           cudaGetErrorString(error));
-}
-
-template <typename Body>
-void dispatch_element(Element element, const Body& body) {
-  switch (element) {
-    case Element::kDouble:
-      return body(double{});
-    case Element::kFloat:
-      return body(float{});
-    case Element::kHalf:
-      return body(__half{});
-    case Element::kBFloat16:
-      return body(__nv_bfloat16{});
-  }
-}
-
-inline int element_size(Element element) {
-  return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2;
-}
-
-// Calls body(view) for every tensor of a call until one answers false.
-template <typename Body>
-bool all_views(const KernelArgs& args, const View* other, const Body& body) {
-  for (const Feature& feature : args.features) {
-    if (!body(feature.x)) return false;
-    if (feature.grad_x.data != nullptr && !body(feature.grad_x)) return false;
-  }
-  return other == nullptr || body(*other);
-}
-
-// How a call is walked: direction, elements per access, and whether it is about one matrix.
-struct Walk {
-  bool channels_inner;
-  int vector;
-  bool matrix;
-};
-
-inline bool channels_fit(const KernelArgs& args, const View* other, int vector) {
-  for (const Feature& feature : args.features) {
-    if (feature.first_channel % vector != 0 || feature.channels % vector != 0) return false;
-  }
-  return all_views(args, other, [&](const View& view) {
-    for (int d = 0; d < args.rows.dims; ++d) {
-      if (view.row_strides[d] % vector != 0) return false;
-    }
-    return view.channel_stride == 1;
-  });
-}
-
-inline bool rows_fit(const KernelArgs& args, const View* other, int vector) {
-  const int inner = args.rows.dims - 1;
-  if (args.rows.sizes[inner] % vector != 0) return false;
-  return all_views(args, other, [&](const View& view) {
-    for (int d = 0; d < inner; ++d) {
-      if (view.row_strides[d] % vector != 0) return false;
-    }
-    return view.row_strides[inner] == 1 && view.channel_stride % vector == 0;
-  });
-}
-
-inline bool is_matrix(const KernelArgs& args, const View* other) {
-  return args.features.size() == 1 && args.rows.dims == 1 && args.channels > 0 &&
-         channels_fit(args, other, 1);
-}
-
-// Accesses of at most 16 bytes. Lists have no kernels for two elements of less than 8 bytes.
-inline Walk choose_walk(const KernelArgs& args, const View* other) {
-  const int size = element_size(args.element);
-  const bool matrix = is_matrix(args, other);
-  const auto aligned = [&](int vector) {
-    return all_views(args, other, [&](const View& view) {
-      return reinterpret_cast<uintptr_t>(view.data) % (vector * size) == 0;
-    });
-  };
-  for (int vector = 16 / size; vector > 1; vector /= 2) {
-    if (!aligned(vector) || (vector == 2 && size < 8 && !matrix)) continue;
-    if (channels_fit(args, other, vector)) return {true, vector, matrix};
-    if (!matrix && rows_fit(args, other, vector)) return {false, vector, false};
-  }
-  return {channels_fit(args, other, 1), 1, matrix};
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Blocks of up to kThreads threads: as wide as the channels need, which are shared out evenly
-// where that is more than kMaxWidth accesses.
-inline dim3 block_shape(const KernelArgs& args, const Walk& walk) {
-  if (!walk.channels_inner) return dim3(1, kThreads);
-  const int64_t columns = std::max<int64_t>(1, ceil_div(args.channels, walk.vector));
-  const auto width = static_cast<unsigned>(ceil_div(columns, ceil_div(columns, kMaxWidth)));
-  return dim3(width, kThreads / width);
-}
-
-inline int64_t channel_blocks(int64_t channels, const Walk& walk, const dim3& block) {
-  return ceil_div(channels,
-                  static_cast<int64_t>(block.x) * (walk.channels_inner ? walk.vector : 1));
-}
-
-// Chunks such that a call has about `blocks` blocks and no chunk is shorter than a few steps. The
-// numbers depend on the shape alone, never on the device, so that sums are the same everywhere.
-inline Chunking choose_chunks(const KernelArgs& args, const Walk& walk, const dim3& block,
-                              int64_t blocks) {
-  const int64_t step = static_cast<int64_t>(block.y) * (walk.channels_inner ? 1 : walk.vector);
-  const int64_t shortest = 2 * kUnroll * step;
-  const int64_t wanted = ceil_div(blocks, channel_blocks(args.channels, walk, block));
-  const int64_t rows = std::max(shortest, ceil_div(ceil_div(args.rows.count, wanted), step) * step);
-  const int64_t fitting = std::max(rows, ceil_div(ceil_div(args.rows.count, 65535), step) * step);
-  return {fitting, static_cast<int>(ceil_div(args.rows.count, fitting))};
-}
-
-// The geometry of a call.
-struct Plan {
-  Walk walk;
-  dim3 block;
-  Chunking chunking;
-
-  // Blocks in all: enough to fill a large GPU several times over, but few enough that the partial
-  // results of a reduction stay small.
-  static constexpr int64_t kElementwiseBlocks = 4096;
-  static constexpr int64_t kReductionBlocks = 528;
-
-  Plan(const KernelArgs& args, const View* other, int64_t blocks)
-      : Plan(args, choose_walk(args, other), blocks) {}
-
-  Plan(const KernelArgs& args, const Walk& walk, int64_t blocks)
-      : walk(walk),
-        block(block_shape(args, walk)),
-        chunking(choose_chunks(args, walk, block, blocks)) {}
-
-  // Two arrays of partial results.
-  double* workspace(const KernelArgs& args) const {
-    return args.workspace(2 * args.channels * chunking.chunks);
-  }
-
-  template <typename Inputs>
-  dim3 grid(const Inputs& inputs) const {
-    const int64_t channels = inputs.end_channel() - inputs.first_channel();
-    return dim3(channel_blocks(channels, walk, block), chunking.chunks);
-  }
-};
-
-inline dim3 merge_grid(int64_t channels) { return dim3(ceil_div(channels, kMergeWarps)); }
-
-inline dim3 merge_block() { return dim3(kWarp, kMergeWarps); }
-
-template <int V, bool kChannelsInner, typename Inputs_>
-struct WalkTag {
-  static constexpr int vector = V;
-  static constexpr bool channels_inner = kChannelsInner;
-  using Inputs = Inputs_;
-};
-
-// Calls body(inputs) for the matrix, or for each kMaxFeatures features; empty features have no
-// channels to own.
-template <typename Inputs, typename Body>
-void for_each_inputs(const KernelArgs& args, const Body& body) {
-  if constexpr (std::is_same_v<Inputs, Matrix>) {
-    body(Matrix{args.features[0]});
-  } else {
-    FeatureList list{};
-    for (const Feature& feature : args.features) {
-      if (feature.channels == 0) continue;
-      list.items[list.count++] = feature;
-      if (list.count == kMaxFeatures) {
-        body(list);
-        list.count = 0;
-      }
-    }
-    if (list.count > 0) body(list);
-  }
-}
-
-// Calls body with T and V as types, for one matrix.
-template <typename Body>
-void dispatch_matrix(Element element, int vector, const Body& body) {
-  dispatch_element(element, [&](auto element_tag) {
-    constexpr int kFits = 16 / sizeof(element_tag);
-    const auto with_vector = [&](auto v) {
-      body(element_tag, WalkTag<decltype(v)::value, true, Matrix>{});
-    };
-    if (vector == kFits) return with_vector(std::integral_constant<int, kFits>{});
-    if constexpr (kFits > 4) {
-      if (vector == 4) return with_vector(std::integral_constant<int, 4>{});
-    }
-    if constexpr (kFits > 2) {
-      if (vector == 2) return with_vector(std::integral_constant<int, 2>{});
-    }
-    with_vector(std::integral_constant<int, 1>{});
-  });
-}
-
-// Calls body with T, V, the direction and the kind of inputs as types: the few combinations that
-// kernels exist for.
-template <typename Body>
-void dispatch(const KernelArgs& args, const Walk& walk, const Body& body) {
-  if (walk.matrix) return dispatch_matrix(args.element, walk.vector, body);
-  dispatch_element(args.element, [&](auto element) {
-    constexpr int kFits = 16 / sizeof(element);
-    const auto with_vector = [&](auto vector) {
-      constexpr int V = decltype(vector)::value;
-      if (walk.channels_inner) {
-        body(element, WalkTag<V, true, FeatureList>{});
-      } else {
-        body(element, WalkTag<V, false, FeatureList>{});
-      }
-    };
-    if constexpr (kFits == 8) {
-      if (walk.vector == 4) return with_vector(std::integral_constant<int, 4>{});
-    }
-    if (walk.vector == kFits) return with_vector(std::integral_constant<int, kFits>{});
-    with_vector(std::integral_constant<int, 1>{});
-  });
-}
-
-// Launches the kernel that kernel_for(element, walk) answers, once for each inputs. A kernel's
-// first arguments are those, the rows and their chunks.
-template <typename KernelFor, typename... Arguments>
-void launch_over_inputs(const char* name, const KernelFor& kernel_for, const KernelArgs& args,
-                        const Plan& plan, const Arguments&... arguments) {
-  dispatch(args, plan.walk, [&](auto element, auto walk) {
-    const auto kernel = kernel_for(element, walk);
-    using Inputs = typename decltype(walk)::Inputs;
-    for_each_inputs<Inputs>(args, [&](const Inputs& inputs) {
-      kernel<<<plan.grid(inputs), plan.block, 0, static_cast<cudaStream_t>(args.stream)>>>(
-          inputs, args.rows, plan.chunking, arguments...);
-      check(cudaGetLastError(), name);
-    });
-  });
-}
 
 }  // namespace efficient_densenet::cuda

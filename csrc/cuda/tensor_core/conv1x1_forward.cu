@@ -12,12 +12,16 @@
 // block takes one stretch of rows, tile after tile.
 // Moments: of a tile's rows in registers, merged over the lanes, tiles and warps by the formula of
 // Chan, Golub and LeVeque (moments.cuh), so no sum of squares cancels; then one partial result per
-// column and block, merged in double by a second kernel. The order depends on the shape alone (and,
-// on devices with little shared memory, on how much that is).
+// column and block, merged in double by a second kernel. The order depends on shapes, strides and
+// alignment alone (and, on devices with little shared memory, on how much that is).
 //
 // Bytes: x once, z once; W (from the L2 cache) once per block and tile. Operations: 2 M C N.
-// Limit: memory where M is large; else the latency of a chunk, C / kChunk times in a row.
-#include "cuda/tensor_core/mma.cuh"
+// Limit: memory where M is large; else the latency of a chunk, C / kChannelChunk times in a row.
+#include <map>
+#include <mutex>
+
+#include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/limits.cuh"
 #include "cuda/tensor_core/product.cuh"
 #include "operators/bn_relu_conv1x1.h"
 
@@ -50,17 +54,16 @@ template <typename T, int kRowTiles, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kRowTiles, kTiles))
     bn_relu_conv1x1_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> x, BatchNorm bn,
-                           const uint4* weight, const float* bias,
-                           const __grid_constant__ Rows<T> z, double* partial_mean,
-                           double* partial_m2) {
+                           const uint4* weight, FoldedNorm norm2, const __grid_constant__ Rows<T> z,
+                           double* partial_mean, double* partial_m2) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kOutputs = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
   extern __shared__ uint4 shared[];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / kPieces, t = lane % kPieces;
-  const int chunks = (sizes.channels + kChunk<T> - 1) / kChunk<T>;
-  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChunk<T>);
-  uint4* const stages = shared + norm_floats(chunks, kChunk<T>) / 4;
+  const int chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
+  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChannelChunk<T>);
+  uint4* const stages = shared + norm_floats(chunks, kChannelChunk<T>) / 4;
   const int stage_pieces = kWeightStage<kTiles> + warps * kOwnRows * kWarp;
   const int own_x = kWeightStage<kTiles> + warp * kOwnRows * kWarp + lane;
   const int first_output = blockIdx.y * kOutputs;
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   const int tile_rows = warps * kRowTiles * kTileRows;
   const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * chunks;
 
-  const bool whole = x.aligned && sizes.channels % kPiece<T> == 0;
+  const bool pieces_are_whole = x.aligned && sizes.channels % kPiece<T> == 0;
   // The next chunk to copy: its number, place in C, stage and the lane's first row; its rows are 8
   // apart.
   int copied = 0, copied_chunk = 0, copied_stage = 0;
@@ -85,9 +88,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
         copy_async(stage + i, from_weight + i);
       }
       const int count =
-          count_before<kPiece<T>>(sizes.channels, copied_chunk * kChunk<T> + t * kPiece<T>);
+          count_before<kPiece<T>>(sizes.channels, copied_chunk * kChannelChunk<T> + t * kPiece<T>);
       const auto left = static_cast<int>(min(end - copied_row, int64_t(kOwnRows * 8)));
-      if (whole) {
+      if (pieces_are_whole) {
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
           copy_async_if<kPieceBytes>(count > 0 && r * 8 < left, stage + own_x + r * kWarp,
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
         }
       }
       if (++copied_stage == kStages) copied_stage = 0;
-      from_x += kChunk<T>;
+      from_x += kChannelChunk<T>;
       from_weight += kWeightStage<kTiles>;
       if (++copied_chunk == chunks) {
         copied_chunk = 0;
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_next();
-  norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
+  norm.load(bn, 0, chunks * kChannelChunk<T>, sizes.channels);
 
   float sums[kRowTiles][kTiles][4] = {};
   WarpMoments<kTiles> moments;
@@ -126,8 +129,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     __syncthreads();  // all copies of this stage are there, and nobody reads the one before
     copy_next();
     const uint4* const stage = stages + i % kStages * stage_pieces;
-    Channel<float> channels[kPiece<T>];
-    norm.get(channels, chunk * kChunk<T> + t * kPiece<T>);
+    NormCoefficients<float> channels[kPiece<T>];
+    norm.get(channels, chunk * kChannelChunk<T> + t * kPiece<T>);
     uint4 a[kOwnRows];
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     }
     if (++chunk < chunks) continue;
 
-    store_tile<T>(sums, z, row, end, first_output, sizes.outputs, bias,
+    store_tile<T>(sums, z, row, end, first_output, sizes.outputs, norm2,
                   partial_mean ? &moments : nullptr);
     chunk = 0;
     row += tile_rows;
@@ -193,20 +196,20 @@ struct Warps {
 constexpr Warps kFewest{1, 1};
 
 Warps choose_warps(int64_t rows, int tiles, int64_t channels, Element element) {
-  Warps wanted{1, 4};
+  Warps preferred{1, 4};
   if (rows >= 32768) {
-    wanted.row_tiles = tiles <= 16 ? 2 : 1;
+    preferred.row_tiles = tiles <= 16 ? 2 : 1;
   } else if (rows >= 16384) {
-    wanted.warps = kMaxWarps;
+    preferred.warps = kMaxWarps;
   }
   const int64_t limit = shared_memory();
-  for (const Warps& warps : {wanted, Warps{1, 4}, Warps{1, 2}}) {
+  for (const Warps& warps : {preferred, Warps{1, 4}, Warps{1, 2}}) {
     if (warps.shared_bytes(tiles, channels, element) <= limit) return warps;
   }
   return kFewest;
 }
 
-Chunking choose_rows(int64_t rows, const Warps& warps) {
+RowChunking choose_rows(int64_t rows, const Warps& warps) {
   const int64_t tile = warps.warps * warps.row_tiles * kTileRows;
   const int64_t rows_per_block = ceil_div(ceil_div(rows, tile), kBlocks) * tile;
   return {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
@@ -264,9 +267,7 @@ __global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weigh
                            pair_column(p % (2 * kTileColumns));
     const int64_t n = shape.forward ? column : k, c = shape.forward ? k : column;
     const bool inside = n < weights.outputs && c < channels;
-    float value = inside ? widen(from[n * channels + c]) : 0;
-    if (inside && weights.scale != nullptr)
-      value *= weights.scale[blockIdx.y * weights.outputs + n];
+    const float value = inside ? widen(from[n * channels + c]) : 0;
     packed[i] = to_operand(narrow<T>(value));
   }
 }
@@ -290,6 +291,34 @@ __global__ void fold_norms_kernel(BatchNorm bn, const __grid_constant__ FoldedEp
 }
 
 std::atomic<int64_t> limit_of_tests{0};
+
+std::string ask_device(int device_index) {
+  const CurrentDevice current(device_index);
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index),
+        "cudaDeviceGetAttribute");
+  if (major < 8) {
+    return "the GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+           ", needed is 8.0";
+  }
+  // A build for older GPUs alone runs on newer ones, with empty kernels here.
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 1, 16>),
+        "cudaFuncGetAttributes");
+  return attributes.ptxVersion < 80 ? "this build has no kernels for compute capability 8.0" : "";
+}
+
+// Empty, or why no kernel can run; every block of every step asks, so each device is asked once.
+const std::string& why_not_on_device(int device_index) {
+  static std::mutex mutex;
+  static std::map<int, std::string> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device_index);
+  if (found != known.end()) return found->second;
+  return known.emplace(device_index, ask_device(device_index)).first->second;
+}
 
 }  // namespace
 
@@ -316,21 +345,9 @@ std::string why_no_tensor_cores(int device_index, Element element, int64_t outpu
     return "the bottleneck has " + std::to_string(outputs) + " channels, more than " +
            std::to_string(kMaxConv1x1Outputs);
   }
+  const std::string& why = why_not_on_device(device_index);
+  if (!why.empty()) return why;
   const CurrentDevice current(device_index);
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index),
-        "cudaDeviceGetAttribute");
-  if (major < 8) {
-    return "the GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-           ", needed is 8.0";
-  }
-  // A build for older GPUs alone runs on newer ones, with empty kernels here.
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, bn_relu_conv1x1_kernel<__nv_bfloat16, 1, 16>),
-        "cudaFuncGetAttributes");
-  if (attributes.ptxVersion < 80) return "this build has no kernels for compute capability 8.0";
   if (kFewest.shared_bytes(tiles_for(outputs), channels, element) > shared_memory()) {
     return "the block has " + std::to_string(channels) +
            " channels, more than shared memory holds numbers of";
@@ -348,7 +365,7 @@ void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv
                   void* packed, void* stream) {
   dispatch_operand(element, [&](auto tag) {
     using T = decltype(tag);
-    const PackedShape shape(layout, kChunk<T>, rows, weights.outputs);
+    const PackedShape shape(layout, kChannelChunk<T>, rows, weights.outputs);
     const int64_t most = shape.elements(channels_of(weights, weights.layers - 1));
     const dim3 grid(std::min<int64_t>(ceil_div(most, kThreads), 64), weights.layers);
     pack_conv1x1_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
@@ -372,10 +389,11 @@ void fold_norms(const Norms& norms, float* scale, float* bias, void* stream) {
 }
 
 void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* weight,
-                     int64_t outputs, const float* bias, const View& z, const Statistics* moments) {
+                     int64_t outputs, const FoldedNorm& norm2, const View& z,
+                     const Statistics* moments) {
   const Groups groups(args.rows.count, outputs);
   const Warps warps = choose_warps(args.rows.count, groups.tiles, args.channels, args.element);
-  const Chunking chunking = choose_rows(args.rows.count, warps);
+  const RowChunking chunking = choose_rows(args.rows.count, warps);
   const Sizes sizes{args.rows.count, chunking.rows_per_chunk, static_cast<int>(args.channels),
                     static_cast<int>(outputs)};
   double *partial_mean = nullptr, *partial_m2 = nullptr;
@@ -390,9 +408,9 @@ void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* we
     allow_shared<kKernel>();
     const int64_t bytes = warps.shared_bytes(kTiles, args.channels, args.element);
     kKernel<<<dim3(chunking.chunks, groups.groups), warps.warps * kWarp, bytes,
-              static_cast<cudaStream_t>(args.stream)>>>(sizes, Rows<const T>(args.features[0].x),
-                                                        bn, static_cast<const uint4*>(weight), bias,
-                                                        Rows<T>(z, 4), partial_mean, partial_m2);
+              static_cast<cudaStream_t>(args.stream)>>>(
+        sizes, Rows<const T>(args.features[0].x), bn, static_cast<const uint4*>(weight), norm2,
+        Rows<T>(z, 4), partial_mean, partial_m2);
     check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
   };
   dispatch_operand(args.element, [&](auto element) {

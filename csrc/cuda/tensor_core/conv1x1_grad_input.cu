@@ -19,10 +19,11 @@
 // Bytes: x and grad_z once, G read and written (4 bytes each). W, from the L2 cache, once per tile
 // of rows. Operations: 2 M C N. Limit: memory. G alone is 8 bytes per element of x. What keeps the
 // kernel from it is the number of instructions, so what is the same in all groups of columns is
-// computed once, and a lane's four columns are either all there or not (`whole`), but for strides
-// and numbers of channels that no network has.
+// computed once, and a lane's four columns are either all there or not (`pieces_are_whole`), but
+// for strides and numbers of channels that no network has.
 #include "cuda/elementwise/sums.cuh"
-#include "cuda/tensor_core/mma.cuh"
+#include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/limits.cuh"
 #include "operators/bn_relu_conv1x1.h"
 
 namespace efficient_densenet::cuda {
@@ -36,7 +37,7 @@ constexpr int kPairColumns = 2 * kTileColumns;
 
 // Chunks of N numbers, of grad_z and W.
 template <typename T, int kTiles>
-constexpr int kChunks = (kTiles * kTileColumns + kChunk<T> - 1) / kChunk<T>;
+constexpr int kChunks = (kTiles * kTileColumns + kChannelChunk<T> - 1) / kChannelChunk<T>;
 template <typename T, int kTiles>
 constexpr int kWeightStage = kChunks<T, kTiles> * kColumns * kPieces;
 
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
       stages + (kWeightStage_ + warps * 2 * kPairs * kWarp) * kPieceBytes + own * kOwnBytesX<T>;
   // What pair and half of a lane's columns and rows lies behind that of the first.
   const auto behind = [](int pair, int half) { return (2 * pair + half) * kWarp; };
-  const bool whole = x.aligned && grad_features.aligned && sizes.channels % 4 == 0;
+  const bool pieces_are_whole = x.aligned && grad_features.aligned && sizes.channels % 4 == 0;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
   const int64_t end = min(begin + sizes.rows_per_block, sizes.rows);
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
           }
         }
       };
-      if (whole) {
+      if (pieces_are_whole) {
         for_each([&](void* x_to, const T* x_at, void* g_to, const float* g_at, int columns_left,
                      bool row_exists) {
           const bool valid = row_exists && columns_left > 0;
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   for (int i = 0; i < total; ++i) {
     if (group == 0) {
       const auto operand = [&](int64_t row, int chunk) {
-        const int n = chunk * kChunk<T> + t * kPiece<T>;
+        const int n = chunk * kChannelChunk<T> + t * kPiece<T>;
         Piece<T> piece{};
         if (row < end) {
           if (grad_z.aligned && n + kPiece<T> <= sizes.outputs) {
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
     Pack<float, 4> sums[kPairs][2];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      Channel<float> channels[4];
+      NormCoefficients<float> channels[4];
       norm.get(channels, group * kColumns + pair * kPairColumns + 4 * t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
         }
       }
     };
-    if (whole) {
+    if (pieces_are_whole) {
       store_each([](float* at, const Pack<float, 4>& pack, int columns_left, bool row_exists) {
         store_if(row_exists && columns_left > 0, at, pack);
       });
@@ -311,7 +312,7 @@ constexpr int64_t kWarpsTogether = 16;  // that the registers of a multiprocesso
 struct Cut {
   int warps, groups_per_block, splits;
   int64_t shared_bytes;
-  Chunking chunking;
+  RowChunking chunking;
 
   // pieces: of the weights of a group of columns.
   Cut(int64_t rows, int64_t channels, int pieces, int warp_bytes, int stages) {

@@ -17,7 +17,8 @@
 // after the first. Partial results: kBlocks tiles of 32 KB at most, written and read. Operations:
 // 2 M C N.
 // Limit: shared memory, read N/16 + 2 times per 16 rows and 32 columns, and memory.
-#include "cuda/tensor_core/mma.cuh"
+#include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/limits.cuh"
 #include "cuda/tensor_core/parts.cuh"
 #include "operators/bn_relu_conv1x1.h"
 
@@ -127,11 +128,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const int own_row = threadIdx.x / kPiecesX;
   const int count_x = count_before<kPiece<T>>(sizes.channels, first_channel + own_column);
   constexpr int kRowsApart = kThreads_ / kPiecesX;
-  Channel<float> channels[kPiece<T>];
+  NormCoefficients<float> channels[kPiece<T>];
 #pragma unroll
   for (int i = 0; i < kPiece<T>; ++i) {
     const int c = first_channel + own_column + i;
-    channels[i] = c < sizes.channels ? Channel<float>::load(bn, c) : Channel<float>{};
+    channels[i] =
+        c < sizes.channels ? NormCoefficients<float>::load(bn, c) : NormCoefficients<float>{};
   }
 
   // So are its pieces of grad_z, where the block has enough threads for whole rows of them.
@@ -139,8 +141,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const int own_output = threadIdx.x % kPiecesZ * kPiece<T>;
   const int own_row_z = threadIdx.x / kPiecesZ < kRowsZ ? threadIdx.x / kPiecesZ : S::kRows;
   const int count_z = count_before<kPiece<T>>(sizes.outputs, first_output + own_output);
-  const bool whole = x.aligned && grad_z.aligned && sizes.channels % kPiece<T> == 0 &&
-                     sizes.outputs % kPiece<T> == 0;
+  const bool pieces_are_whole = x.aligned && grad_z.aligned && sizes.channels % kPiece<T> == 0 &&
+                                sizes.outputs % kPiece<T> == 0;
 
   const auto x_stage = [&](int step) { return stages + step % kStages * S::kStageElements; };
   const auto z_stage = [&](int step) { return x_stage(step) + S::kRows * S::kPitchX; };
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
                      grad_z.aligned, r < rows ? count_z : 0);
         }
       };
-      if (whole) {
+      if (pieces_are_whole) {
         for_each([](T* to, const T* from, bool, int count) {
           copy_async_if<kPieceBytes>(count > 0, to, from);
         });
@@ -288,9 +290,9 @@ void bn_relu_conv1x1_grad_weight(const KernelArgs& args, const BatchNorm& bn, in
       const int64_t column_blocks = ceil_div(args.channels, kColumns);
       const int64_t output_blocks = ceil_div(outputs, S::kOutputs);
       const int64_t steps = ceil_div(rows, S::kRows);
-      const int64_t wanted = std::max<int64_t>(1, kBlocks / (column_blocks * output_blocks));
+      const int64_t row_blocks = std::max<int64_t>(1, kBlocks / (column_blocks * output_blocks));
       const int64_t steps_per_block =
-          std::max(ceil_div(steps, wanted), std::min<int64_t>(steps, 4));
+          std::max(ceil_div(steps, row_blocks), std::min<int64_t>(steps, 4));
       const int parts = static_cast<int>(ceil_div(steps, steps_per_block));
       const Sizes sizes{rows, steps_per_block * S::kRows, static_cast<int>(args.channels),
                         static_cast<int>(outputs)};

@@ -11,7 +11,8 @@
 // image reads a row of zeros instead.
 #pragma once
 
-#include "cuda/tensor_core/mma.cuh"
+#include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/limits.cuh"
 #include "operators/bn_relu_conv3x3.h"
 
 namespace efficient_densenet::cuda {
@@ -46,7 +47,9 @@ struct ImageRows {
 };
 
 // Where piece p of stretch row s is, in pieces.
-__device__ inline int place(int s, int p) { return s * kPieces + (p ^ ((s & 2) | (s >> 2 & 1))); }
+__device__ inline int swizzled(int s, int p) {
+  return s * kPieces + (p ^ ((s & 2) | (s >> 2 & 1)));
+}
 
 // Tiles of 8 columns that there are kernels for; even, for pairs.
 constexpr int kMaxConv3x3Tiles = 8;
@@ -107,11 +110,11 @@ constexpr int kConv3x3Stage = kTaps * kTiles * kWarp;
 
 // Copies a chunk of the stretch around rows from `tile` on. A thread's piece is the same in all
 // rows that it copies, `threads` / kPieces apart: the channels from `channel` on, of which `count`
-// exist; all or none where z is `whole`.
+// exist; all or none where z is `pieces_are_whole`.
 template <typename T>
 __device__ void copy_stretch(uint4* to, const Rows<const T>& z, const ImageRows& images,
-                             int64_t tile, int stretch, int channel, int count, bool whole,
-                             int threads) {
+                             int64_t tile, int stretch, int channel, int count,
+                             bool pieces_are_whole, int threads) {
   const int64_t first = images.stretch_begin(tile);
   const auto begin = static_cast<int>(max(-first, int64_t(0)));
   const auto end = static_cast<int>(min(images.rows - first, int64_t(stretch)));
@@ -120,10 +123,10 @@ __device__ void copy_stretch(uint4* to, const Rows<const T>& z, const ImageRows&
   const T* from = z.at(first + own_row, channel);
   for (int s = own_row; s < stretch; s += apart) {
     const bool exists = s >= begin && s < end;
-    if (whole) {
-      copy_async_if<kPieceBytes>(exists && count > 0, to + place(s, piece), from);
+    if (pieces_are_whole) {
+      copy_async_if<kPieceBytes>(exists && count > 0, to + swizzled(s, piece), from);
     } else {
-      copy_row<kPiece<T>>(to + place(s, piece), exists ? from : z.data, z.aligned,
+      copy_row<kPiece<T>>(to + swizzled(s, piece), exists ? from : z.data, z.aligned,
                           exists ? count : 0);
     }
     from += apart * z.stride;
@@ -146,7 +149,7 @@ __device__ void multiply_taps(float (&sums)[kRowTiles][kTiles][4], const uint4* 
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
       const int s = first + m * kTileRows + lane % 16 + images.shift(tap);
-      from[m] = inside[m] >> tap & 1 ? begin + place(s, lane / 16) * kPieceBytes : outside;
+      from[m] = inside[m] >> tap & 1 ? begin + swizzled(s, lane / 16) * kPieceBytes : outside;
     }
 #pragma unroll
     for (int step = 0; step < 2; ++step) {

@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   extern __shared__ __align__(128) uint4 shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int block_rows = blockDim.x / kWarp * kRowTiles * kTileRows;
-  const int chunks = (sizes.channels + kChunk<T> - 1) / kChunk<T>;
+  const int chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
   const int stretch = sizes.images.stretch(block_rows);
-  const SharedLayout layout(sizes.channels, kChunk<T>, stretch, kWeights);
-  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChunk<T>);
+  const SharedLayout layout(sizes.channels, kChannelChunk<T>, stretch, kWeights);
+  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChannelChunk<T>);
   uint4 *const zeros = shared + layout.numbers, *const stages = zeros + kPieces;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   const int total = static_cast<int>((end - begin + block_rows - 1) / block_rows) * chunks;
   const int piece = threadIdx.x % kPieces;  // of every row that the thread copies
 
-  const bool whole = z.aligned && sizes.channels % kPiece<T> == 0;
+  const bool pieces_are_whole = z.aligned && sizes.channels % kPiece<T> == 0;
   // The next stage to copy: its number, chunk, place and first row.
   int copied = 0, copied_chunk = 0, copied_stage = 0;
   int64_t copied_tile = begin;
@@ -84,9 +84,10 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
       for (int k = threadIdx.x; k < kWeights; k += blockDim.x) {
         copy_async(stage + stretch * kPieces + k, from + k);
       }
-      const int channel = copied_chunk * kChunk<T> + piece * kPiece<T>;
+      const int channel = copied_chunk * kChannelChunk<T> + piece * kPiece<T>;
       copy_stretch<T>(stage, z, sizes.images, copied_tile, stretch, channel,
-                      count_before<kPiece<T>>(sizes.channels, channel), whole, blockDim.x);
+                      count_before<kPiece<T>>(sizes.channels, channel), pieces_are_whole,
+                      blockDim.x);
       if (++copied_stage == sizes.stages) copied_stage = 0;
       if (++copied_chunk == chunks) {
         copied_chunk = 0;
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     commit_copies();
   };
   for (int i = 0; i + 1 < sizes.stages; ++i) copy_next();
-  if constexpr (!kIsNormalised) norm.load(bn, 0, chunks * kChunk<T>, sizes.channels);
+  if constexpr (!kIsNormalised) norm.load(bn, 0, chunks * kChannelChunk<T>, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
   float sums[kRowTiles][kTiles][4] = {};
@@ -117,10 +118,10 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     if (i == 0) __syncthreads();  // the norm's numbers
     wait_for_all_but(sizes.stages - 2);
     if constexpr (!kIsNormalised) {  // each thread, what it has copied
-      Channel<float> channels[kPiece<T>];
-      norm.get(channels, chunk * kChunk<T> + piece * kPiece<T>);
+      NormCoefficients<float> channels[kPiece<T>];
+      norm.get(channels, chunk * kChannelChunk<T> + piece * kPiece<T>);
       for (int s = threadIdx.x / kPieces; s < stretch; s += blockDim.x / kPieces) {
-        uint4& at = stage[place(s, piece)];
+        uint4& at = stage[swizzled(s, piece)];
         at = normalised<T>(at, channels);
       }
     }
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     multiply_taps<T>(sums, stage, zeros, stage + stretch * kPieces, sizes.images,
                      warp * kRowTiles * kTileRows, inside, 2);
     if (++chunk < chunks) continue;
-    store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs, nullptr,
+    store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs, FoldedNorm{},
                   partial_mean ? &moments : nullptr);
     chunk = 0;
     tile_row += block_rows;
@@ -255,7 +256,7 @@ void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normal
   // Of few tiles one per block: blocks that are done make room for others.
   const int64_t tiles = ceil_div(rows, cut.rows());
   const int64_t rows_per_block = (tiles <= 2 * kBlocks ? 1 : ceil_div(tiles, kBlocks)) * cut.rows();
-  const Chunking chunking{rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
+  const RowChunking chunking{rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
   const Sizes sizes{ImageRows(args, image), rows_per_block, static_cast<int>(args.channels),
                     static_cast<int>(outputs), stages};
   double *partial_mean = nullptr, *partial_m2 = nullptr;

@@ -1,6 +1,6 @@
 // What a 3x3 convolution and the norm before it send back to z, on tensor cores. First kernel:
 //
-//   grad_y = G - (S1 + (y - mean) S2) / M          gathered as finalise does it (dense_block.h)
+//   grad_y = G - (S1 + (y - mean) S2) / M          gathered as apply_bn_correction does
 //   grad_a = conv3x3(grad_y) with W transposed     [M, 9 k] times [9 k, B]
 //   dz = grad_a where the ReLU was open            recomputed from z; stored
 //   sums over the rows of dz and of dz (z - rounded mean)
@@ -34,12 +34,12 @@ struct Sizes {
 };
 
 struct Gather {
-  const double* mean;
+  const double* mean;  // null: there is nothing to correct, and y is not read
   Correction correction;
 };
 
-// Pieces: numbers of the norm (of all groups of columns), the warps' sums and what finalises
-// grad_y; zeros, grad_y, two stages of weights.
+// Pieces: numbers of the norm (of all groups of columns), the warps' sums and the correction
+// of grad_y; zeros, grad_y, two stages of weights.
 struct SharedLayout {
   int numbers, grad_y, stage;
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   extern __shared__ __align__(128) uint4 shared[];
   const int warps = blockDim.x / kWarp, block_rows = warps * kRowTiles * kTileRows;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, t = lane % kPieces;
-  const int chunks = (sizes.outputs + kChunk<T> - 1) / kChunk<T>;
+  const int chunks = (sizes.outputs + kChannelChunk<T> - 1) / kChannelChunk<T>;
   const int columns = sizes.groups_per_block * kColumns;
   const int all_groups = (sizes.channels + kColumns - 1) / kColumns;
   const int first_group = blockIdx.y * sizes.groups_per_block;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   float* const floats = reinterpret_cast<float*>(shared);
   const SharedNorm norm(floats, columns);
   float* const warp_sums = floats + SharedNorm::kNumbers * columns;
-  auto* const final_channels =
+  auto* const corrections =
       reinterpret_cast<CorrectionCoefficients<float>*>(warp_sums + 2 * warps * columns);
   uint4 *const zeros = shared + layout.numbers, *const operands = zeros + kPieces;
   uint4* const stages = operands + layout.grad_y;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   norm.load(bn, first_channel, columns, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
   for (int n = threadIdx.x; n < sizes.outputs; n += blockDim.x) {
-    final_channels[n] =
+    corrections[n] =
         CorrectionCoefficients<float>::load(gather.mean, gather.correction, sizes.images.rows, n);
   }
   __syncthreads();
@@ -127,15 +127,15 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
       static_cast<int>(min(sizes.images.rows - stretch_begin, int64_t(stretch)));
   const int first_own = sizes.images.width + 1;  // row of the stretch: those between are around
   const int end_own = first_own + static_cast<int>(end - first_row);
-  constexpr int kFours = kChunk<T> / 4;
+  constexpr int kFours = kChannelChunk<T> / 4;
   const int in_chunk = threadIdx.x % kFours * 4, own_s = threadIdx.x / kFours;
   const int apart = blockDim.x / kFours;
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int n = chunk * kChunk<T> + in_chunk, count_n = count_before<4>(sizes.outputs, n);
+    const int n = chunk * kChannelChunk<T> + in_chunk, count_n = count_before<4>(sizes.outputs, n);
     CorrectionCoefficients<float> channels[4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (k < count_n) channels[k] = final_channels[n + k];
+      if (k < count_n) channels[k] = corrections[n + k];
     }
     T* const operand =
         reinterpret_cast<T*>(operands + chunk * stretch * kPieces) + in_chunk % kPiece<T>;
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
         const int s = first + j * apart,
                   count = s >= first_stretch && s < end_stretch ? count_n : 0;
         g[j] = load_four(from_g + j * apart * grad_features.stride, grad_features.aligned, count);
-        values[j] = load_four(from_y + j * apart * y.stride, y.aligned, count);
+        values[j] =
+            load_four(from_y + j * apart * y.stride, y.aligned, gather.mean == nullptr ? 0 : count);
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
           const float gradient = channels[k].gradient(g[j].values[k], widen(values[j].values[k]));
           values[j].values[k] = to_operand(narrow<T>(exists ? gradient : 0.0f));
         }
-        *reinterpret_cast<Pack<T, 4>*>(operand + place(s, in_chunk / kPiece<T>) * kPiece<T>) =
+        *reinterpret_cast<Pack<T, 4>*>(operand + swizzled(s, in_chunk / kPiece<T>) * kPiece<T>) =
             values[j];
         if (writes && s >= first_own && s < end_own) {
           *reinterpret_cast<Pack<T, 4>*>(to + j * apart * grad_y.stride) = values[j];
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     wait_for_copies<0>();
     __syncthreads();  // these weights (and grad_y) are there, and nobody reads those before
     copy(i + 1);
-    const int left = sizes.outputs - chunk * kChunk<T>;
+    const int left = sizes.outputs - chunk * kChannelChunk<T>;
     multiply_taps<T>(sums, operands + chunk * stretch * kPieces, zeros, stages + (i & 1) * kWeights,
                      sizes.images, warp * kRowTiles * kTileRows, inside, left > kStep<T> ? 2 : 1);
     if (++chunk < chunks) continue;
@@ -196,13 +197,14 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     const int own = first_column + 4 * t;
     const T* const from_z = z.at(row, first_channel + own);
     T* const to_z = grad_z.at(row, first_channel + own);
-    const bool whole = z.aligned && grad_z.aligned && tile_row + kRowTiles * kTileRows <= end &&
-                       first_channel + first_column + kColumns <= sizes.channels;
+    const bool pieces_are_whole = z.aligned && grad_z.aligned &&
+                                  tile_row + kRowTiles * kTileRows <= end &&
+                                  first_channel + first_column + kColumns <= sizes.channels;
     const auto count_of = [&](int place, int r) {
       return row + r * 8 < end ? count_before<4>(sizes.channels, first_channel + own + place) : 0;
     };
     const auto load = [&](Pack<T, 4>(&values)[kOwnRows], int place) {
-      if (whole) {
+      if (pieces_are_whole) {
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
           values[r] = *reinterpret_cast<const Pack<T, 4>*>(from_z + r * 8 * z.stride + place);
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
 #pragma unroll
       for (int r = 0; r < kOwnRows; ++r) {
         T* const to = to_z + r * 8 * grad_z.stride + place;
-        if (whole) {
+        if (pieces_are_whole) {
           store_if(true, to, values[r]);
         } else {
           store_row(to, values[r], grad_z.aligned, count_of(place, r));
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
 #pragma unroll
       for (int r = 0; r < kOwnRows; ++r) values[r] = next[r];
       if (pair + 1 < kTiles / 2) load(next, place + 2 * kTileColumns);
-      Channel<float> channels[4];
+      NormCoefficients<float> channels[4];
       norm.get(channels, own + place);
       float dz_sums[4] = {}, dz_centred_sums[4] = {};
 #pragma unroll
@@ -311,7 +313,7 @@ void bn_relu_conv3x3_grad_input(const KernelArgs& args, const BatchNorm& bn, con
   });
   const int tiles = conv3x3_tiles(true, args.channels);
   const int groups = static_cast<int>(ceil_div(args.channels, tiles * kTileColumns));
-  const Chunking chunking{cut.rows(), static_cast<int>(ceil_div(args.rows.count, cut.rows()))};
+  const RowChunking chunking{cut.rows(), static_cast<int>(ceil_div(args.rows.count, cut.rows()))};
   const int splits = chunking.chunks < kFewBlocks ? groups : 1;
   const Sizes sizes{ImageRows(args, image), static_cast<int>(args.channels),
                     static_cast<int>(outputs),

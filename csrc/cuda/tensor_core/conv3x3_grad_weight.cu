@@ -43,10 +43,10 @@ constexpr int kPitch = kTiles * kTileColumns + (sizeof(T) == 4 ? 8 : kPiece<T>);
 
 // Floats from tap to tap of a block's sums: lanes that write at once then do so in other banks.
 template <typename T>
-constexpr int kPitchSum = kChunk<T> + 4;
+constexpr int kPitchSum = kChannelChunk<T> + 4;
 
 template <typename T>
-constexpr int kChannelTiles = kChunk<T> / kTileRows;
+constexpr int kChannelTiles = kChannelChunk<T> / kTileRows;
 
 // What the two warps of a line share out: the channels where all of them were too many
 // accumulators, else the rows.
@@ -108,8 +108,8 @@ struct TapLoads {
     if constexpr (sizeof(T) == 2) {
       const int own = lane % 8 + lane / 16 * 8, piece = lane / 8 % 2;
       const bool exists = inside[row + own] >> tap & 1;
-      const uint32_t from =
-          exists ? shared_address(stretch + place(s + own, piece)) : shared_address(zeros + piece);
+      const uint32_t from = exists ? shared_address(stretch + swizzled(s + own, piece))
+                                   : shared_address(zeros + piece);
 #pragma unroll
       for (int m = 0; m < kOwnTiles; ++m)
         load_transposed(a[m], from ^ ((first_tile + m) * 2 * kPieceBytes));
@@ -121,7 +121,7 @@ struct TapLoads {
         const int own = lane % 4 + half * 4;
         const bool exists = inside[row + own] >> tap & 1;
         const int from =
-            place(s + own, channel / kPiece<T>) * kPieceBytes + channel % kPiece<T> * 4;
+            swizzled(s + own, channel / kPiece<T>) * kPieceBytes + channel % kPiece<T> * 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {  // channels 8 apart are two pieces apart
           const auto value =
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int dy = warp % kLines, half = warp / kLines;
   const int part = S::kOfChannels ? 0 : half;
   const int first_tile = S::kOfChannels ? half * S::kOwnTiles : 0;
-  const int first_channel = blockIdx.x * kChunk<T>, first_output = blockIdx.z * kColumns;
+  const int first_channel = blockIdx.x * kChannelChunk<T>, first_output = blockIdx.z * kColumns;
   const int stretch = sizes.images.stretch(sizes.tile_rows);
   const SharedLayout layout(stretch, sizes.tile_rows, kPitch_ * static_cast<int>(sizeof(T)));
   const auto stage = [&](int i) { return bytes + kZeros + i % 2 * layout.stage; };
@@ -162,22 +162,23 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 
   const int piece = threadIdx.x % kPieces, channel = first_channel + piece * kPiece<T>;
   const int count_z = count_before<kPiece<T>>(sizes.channels, channel);
-  Channel<float> channels[kPiece<T>];
+  NormCoefficients<float> channels[kPiece<T>];
 #pragma unroll
   for (int k = 0; k < kPiece<T>; ++k) {
-    channels[k] = k < count_z ? Channel<float>::load(bn, channel + k) : Channel<float>{};
+    channels[k] =
+        k < count_z ? NormCoefficients<float>::load(bn, channel + k) : NormCoefficients<float>{};
   }
   // A thread's pieces of grad_y are of the same columns, too.
   static_assert(kBlockThreads % kRowPieces == 0);
   constexpr int kRowsY = kBlockThreads / kRowPieces;
   const int output = threadIdx.x % kRowPieces * kPiece<T>;
   const bool output_exists = first_output + output < sizes.outputs;
-  const bool whole = z.aligned && sizes.channels % kPiece<T> == 0;
+  const bool pieces_are_whole = z.aligned && sizes.channels % kPiece<T> == 0;
   const auto copy = [&](int i) {
     if (i < total) {
       const int64_t tile = begin + static_cast<int64_t>(i) * sizes.tile_rows;
       copy_stretch<T>(reinterpret_cast<uint4*>(stage(i)), z, sizes.images, tile, stretch, channel,
-                      count_z, whole, kBlockThreads);
+                      count_z, pieces_are_whole, kBlockThreads);
       const auto rows = static_cast<int>(min(end - tile, int64_t(sizes.tile_rows)));
       const int own_row = threadIdx.x / kRowPieces;
       T* to_y = reinterpret_cast<T*>(stage(i) + layout.grad_y) + own_row * kPitch_ + output;
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     wait_for_copies<0>();
     auto* const zs = reinterpret_cast<uint4*>(stage(i));
     for (int s = threadIdx.x / kPieces; s < stretch; s += kBlockThreads / kPieces) {
-      uint4& at = zs[place(s, piece)];
+      uint4& at = zs[swizzled(s, piece)];
       at = normalised<T>(at, channels);
     }
     auto* const inside = reinterpret_cast<uint32_t*>(stage(i) + layout.inside);
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     }
   }
   __syncthreads();
-  constexpr int kQuads = kChunk<T> / 4;
+  constexpr int kQuads = kChannelChunk<T> / 4;
   const int taps = min(kColumns, sizes.outputs - first_output) * kTaps;  // of all outputs
   const int64_t first_tap =
       (static_cast<int64_t>(blockIdx.y) * sizes.outputs + first_output) * kTaps;
@@ -298,16 +299,16 @@ void bn_relu_conv3x3_grad_weight(const KernelArgs& args, const BatchNorm& bn,
   const int tiles = tiles_of(outputs), groups = groups_of(outputs);
   dispatch_operand(args.element, [&](auto element) {
     using T = decltype(element);
-    const int64_t chunks = ceil_div(args.channels, kChunk<T>);
-    const int64_t wanted = std::max<int64_t>(1, kBlocks / (chunks * groups));
+    const int64_t chunks = ceil_div(args.channels, kChannelChunk<T>);
+    const int64_t row_blocks = std::max<int64_t>(1, kBlocks / (chunks * groups));
     int tile_rows = 256;
     while (tile_rows > kFewestRows &&
-           (rows < wanted * tile_rows ||
+           (rows < row_blocks * tile_rows ||
             2 * shared_bytes(args.element, tiles, tile_rows, image.width) > shared_memory())) {
       tile_rows /= 2;
     }
     const int64_t bytes = shared_bytes(args.element, tiles, tile_rows, image.width);
-    const int64_t rows_per_block = ceil_div(ceil_div(rows, tile_rows), wanted) * tile_rows;
+    const int64_t rows_per_block = ceil_div(ceil_div(rows, tile_rows), row_blocks) * tile_rows;
     const int parts = static_cast<int>(ceil_div(rows, rows_per_block));
     const Sizes sizes{ImageRows(args, image), rows_per_block, tile_rows,
                       static_cast<int>(args.channels), static_cast<int>(outputs)};

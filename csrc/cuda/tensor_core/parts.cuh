@@ -1,7 +1,7 @@
 // Sums of what blocks have left: partial results [parts, elements], added in order, in double.
 #pragma once
 
-#include "cuda/elementwise/tile.cuh"
+#include "cuda/elementwise/launch.cuh"
 
 namespace efficient_densenet::cuda {
 

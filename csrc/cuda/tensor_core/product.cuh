@@ -1,13 +1,14 @@
 // What becomes of a warp's product: its rows are stored, and their moments taken on the way.
 //
 // A warp's tile is kRowTiles times 16 rows and kTiles times 8 columns of accumulators. A lane holds
-// rows g + 8 r, and four neighbouring columns of each pair of tiles (mma.cuh). Moments are of the
-// values as stored: of a tile's rows in registers, then over the lanes, the warp's tiles and the
-// block's warps, in that order, by the formula in moments.cuh, so no sum of squares cancels.
+// rows g + 8 r, and four neighbouring columns of each pair of tiles (fragments.cuh). Moments are of
+// the values as stored: of a tile's rows in registers, then over the lanes, the warp's tiles and
+// the block's warps, in that order, by the formula in moments.cuh, so no sum of squares cancels.
 #pragma once
 
 #include "cuda/elementwise/moments.cuh"
-#include "cuda/tensor_core/mma.cuh"
+#include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/limits.cuh"
 
 namespace efficient_densenet::cuda {
 
@@ -106,18 +107,19 @@ struct WarpMoments {
 };
 
 // Stores the tile whose row of this lane is `row`, the rows from `end` on excepted, and sets the
-// sums to 0. With a bias [outputs], relu(sums + bias) as an operand of the next product. Moments
-// are null where nobody wants them.
+// sums to 0. With a norm, relu(norm(sums)) as an operand of the next product. Moments are null
+// where nobody asks for them.
 template <typename T, int kRowTiles, int kTiles>
 __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& to, int64_t row,
-                           int64_t end, int first_output, int outputs, const float* bias,
+                           int64_t end, int first_output, int outputs, const FoldedNorm& norm,
                            WarpMoments<kTiles>* moments) {
   constexpr int kPairs = kTiles / 2, kOwnRows = 2 * kRowTiles;
   typename WarpMoments<kTiles>::Tile_ tile;
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r) tile.count += row + r * 8 < end;
   const bool full = __all_sync(~0u, tile.count == kOwnRows);
-  const bool whole = full && to.aligned && outputs % 4 == 0;  // of columns, all four or none
+  const bool pieces_are_whole =
+      full && to.aligned && outputs % 4 == 0;  // of columns, all four or none
   const float share = 1 / fmaxf(tile.count, 1);
   const int t = threadIdx.x % kPieces;
   T* const first = to.at(row, first_output + 4 * t);
@@ -125,11 +127,13 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
   for (int pair = 0; pair < kPairs; ++pair) {
     const int place = pair * 2 * kTileColumns;
     const int count = count_before<4>(outputs, first_output + place + 4 * t);
-    float shifts[4] = {};
-    if (bias != nullptr) {
+    float factors[4] = {}, shifts[4] = {};
+    if (norm.scale != nullptr) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (k < count) shifts[k] = bias[first_output + place + 4 * t + k];
+        if (k >= count) continue;
+        factors[k] = norm.scale[first_output + place + 4 * t + k];
+        shifts[k] = norm.bias[first_output + place + 4 * t + k];
       }
     }
     Pack<T, 4> values[kOwnRows];
@@ -138,10 +142,11 @@ __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& t
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
-        values[r].values[k] =
-            bias == nullptr ? narrow<T>(sum) : to_operand(narrow<T>(relu(sum + shifts[k])));
+        values[r].values[k] = norm.scale == nullptr
+                                  ? narrow<T>(sum)
+                                  : to_operand(narrow<T>(relu(fma(sum, factors[k], shifts[k]))));
       }
-      if (whole) {
+      if (pieces_are_whole) {
         store_if(count > 0, first + r * 8 * to.stride + place, values[r]);
       } else if (full || row + r * 8 < end) {
         store_row(first + r * 8 * to.stride + place, values[r], to.aligned, count);

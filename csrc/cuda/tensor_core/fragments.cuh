@@ -1,5 +1,4 @@
-// Shared by the tensor-core kernels (bn_relu_conv1x1*.cu): operands in registers, asynchronous
-// copies, and how a product is cut.
+// Fragments: the operands of a product on tensor cores, in registers of a warp.
 //
 // A product sums over channels in chunks of 64 bytes of a row: 32 channels of 16 bits or 16 of
 // TF32, two mma steps. Which channel is which k of a step is free, as long as both operands agree.
@@ -16,11 +15,9 @@
 // is column 4 t + 2 j + e of the pair, so that a lane's results are four neighbouring columns.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <iterator>
 
-#include "cuda/elementwise/tile.cuh"
+#include "cuda/elementwise/launch.cuh"
 
 // Devices before 8.0 get empty kernels, which why_no_tensor_cores keeps from being launched.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -37,9 +34,9 @@ constexpr int kTileColumns = 8;  // of one mma
 template <typename T>
 constexpr int kPiece = kPieceBytes / sizeof(T);  // channels
 template <typename T>
-constexpr int kChunk = kPieces * kPiece<T>;  // channels
+constexpr int kChannelChunk = kPieces * kPiece<T>;  // channels
 template <typename T>
-constexpr int kStep = kChunk<T> / 2;  // channels that one mma sums over
+constexpr int kStep = kChannelChunk<T> / 2;  // channels that one mma sums over
 
 // Column, among 16, of place p in a pair of tiles.
 __host__ __device__ inline int pair_column(int p) {
@@ -133,119 +130,6 @@ __device__ inline void load_transposed(uint32_t (&registers)[4], uint32_t addres
                : "memory");
 }
 
-// 16 or 8 bytes from global to shared memory, of which `count` are read and the others are 0.
-template <int kBytes = kPieceBytes>
-__device__ void copy_async(void* to, const void* from, int count = kBytes) {
-  if constexpr (kBytes == kPieceBytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(count)
-                 : "memory");
-  } else {
-    static_assert(kBytes == 8);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(count)
-                 : "memory");
-  }
-}
-// The same where the condition holds; else all bytes are 0.
-template <int kBytes>
-__device__ void copy_async_if(bool condition, void* to, const void* from) {
-  if constexpr (kBytes == kPieceBytes) {
-    asm volatile(
-        "{.reg .pred none; setp.eq.s32 none, %2, 0; "
-        "cp.async.cg.shared.global [%0], [%1], 16, none;}" ::"r"(shared_address(to)),
-        "l"(from), "r"(static_cast<int>(condition))
-        : "memory");
-  } else {
-    static_assert(kBytes == 8);
-    asm volatile(
-        "{.reg .pred none; setp.eq.s32 none, %2, 0; "
-        "cp.async.ca.shared.global [%0], [%1], 8, none;}" ::"r"(shared_address(to)),
-        "l"(from), "r"(static_cast<int>(condition))
-        : "memory");
-  }
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the `kPending` youngest groups of this thread have arrived.
-template <int kPending>
-__device__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-#endif
-
-// Whether rows can be read in aligned pieces; else their elements are read one by one.
-template <typename T>
-struct Rows {
-  T* data;
-  int64_t stride;
-  bool aligned;
-
-  __host__ explicit Rows(const View& view, int access = kPieceBytes / sizeof(T))
-      : data(static_cast<T*>(view.data)),
-        stride(view.row_strides[0]),
-        aligned(reinterpret_cast<uintptr_t>(view.data) % (access * sizeof(T)) == 0 &&
-                stride % access == 0) {}
-
-  __device__ T* at(int64_t row, int64_t column) const { return data + row * stride + column; }
-};
-
-#ifdef EFFICIENT_DENSENET_TENSOR_CORES
-
-// k elements of a row into shared memory; those from `count` on are 0 and not read.
-template <int k, typename T>
-__device__ __forceinline__ void copy_row(void* to, const T* from, bool aligned, int count) {
-  if (aligned) return copy_async<k * sizeof(T)>(to, from, count * static_cast<int>(sizeof(T)));
-  Pack<T, k> pack{};
-#pragma unroll
-  for (int i = 0; i < k; ++i) {
-    if (i < count) pack.values[i] = from[i];
-  }
-  *static_cast<Pack<T, k>*>(to) = pack;
-}
-
-#endif
-
-// How many of k elements lie before `end`.
-template <int k>
-__device__ int count_before(int end, int first) {
-  return min(max(end - first, 0), k);
-}
-
-template <int k, typename T>
-__device__ __forceinline__ void store_row(T* to, const Pack<T, k>& pack, bool aligned, int count) {
-  if (aligned && count == k) {
-    *reinterpret_cast<Pack<T, k>*>(to) = pack;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < k; ++i) {
-    if (i < count) to[i] = pack.values[i];
-  }
-}
-
-#ifdef EFFICIENT_DENSENET_TENSOR_CORES
-
-// Four elements in one access, which the compiler would break up in places. `to` is aligned.
-template <typename T>
-__device__ void store_if(bool condition, T* to, const Pack<T, 4>& pack) {
-  if constexpr (sizeof(T) == 4) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(&pack);
-    asm volatile(
-        "{.reg .pred p; setp.ne.s32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(
-            to),
-        "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w), "r"(static_cast<int>(condition))
-        : "memory");
-  } else {
-    static_assert(sizeof(T) == 2);
-    const uint2 bits = *reinterpret_cast<const uint2*>(&pack);
-    asm volatile(
-        "{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(to),
-        "r"(bits.x), "r"(bits.y), "r"(static_cast<int>(condition))
-        : "memory");
-  }
-}
-
 #endif
 
 // The numbers of batch norm of neighbouring channels, in shared memory: one array per number.
@@ -261,11 +145,11 @@ struct SharedNorm {
   __device__ void load(const BatchNorm& bn, int64_t first, int count, int64_t channels) const {
     constexpr int kAtOnce = 4;  // loads under way per thread
     for (int i = threadIdx.x; i < count; i += kAtOnce * blockDim.x) {
-      Channel<float> loaded[kAtOnce] = {};
+      NormCoefficients<float> loaded[kAtOnce] = {};
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         const int64_t c = first + i + k * static_cast<int64_t>(blockDim.x);
-        if (c < channels) loaded[k] = Channel<float>::load(bn, c);
+        if (c < channels) loaded[k] = NormCoefficients<float>::load(bn, c);
       }
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
@@ -279,7 +163,7 @@ struct SharedNorm {
   }
 
   template <int k>
-  __device__ void get(Channel<float> (&numbers)[k], int first) const {
+  __device__ void get(NormCoefficients<float> (&numbers)[k], int first) const {
     using Floats = Pack<float, 4>;
 #pragma unroll
     for (int i = 0; i < k; i += 4) {
@@ -312,7 +196,8 @@ __device__ uint32_t relu_operands(float first, float second) {
 
 // relu(bn(x)) of a piece, as an operand.
 template <typename T>
-__device__ uint4 normalised(const uint4& x_bits, const Channel<float> (&channels)[kPiece<T>]) {
+__device__ uint4 normalised(const uint4& x_bits,
+                            const NormCoefficients<float> (&channels)[kPiece<T>]) {
   const Piece<T> x = *reinterpret_cast<const Piece<T>*>(&x_bits);
   float y[kPiece<T>];
 #pragma unroll
@@ -324,74 +209,6 @@ __device__ uint4 normalised(const uint4& x_bits, const Channel<float> (&channels
     const auto operand = [](float value) { return __float_as_uint(to_operand(relu(value))); };
     return {operand(y[0]), operand(y[1]), operand(y[2]), operand(y[3])};
   }
-}
-
-// ---------------------------------------------------------------------------------------------
-// Host side
-
-// Numbers of tiles of 8 columns that kernels exist for; even, for pairs.
-constexpr int kTileCounts[] = {4, 6, 8, 12, 16, 24, 32};
-
-// The fewest that hold so many outputs.
-inline int tiles_for(int64_t outputs) {
-  for (const int tiles : kTileCounts) {
-    if (tiles * kTileColumns >= outputs) return tiles;
-  }
-  fail("efficient_densenet", "tensor-core kernels: too many outputs: ", outputs);
-}
-
-// Calls body(tiles) with one of kTileCounts as a type.
-template <int kIndex = 0, typename Body>
-void dispatch_tiles(int tiles, const Body& body) {
-  if constexpr (kIndex < std::size(kTileCounts)) {
-    constexpr int kTiles = kTileCounts[kIndex];
-    if (tiles == kTiles) return body(std::integral_constant<int, kTiles>{});
-    dispatch_tiles<kIndex + 1>(tiles, body);
-  }
-}
-
-template <typename Body>
-void dispatch_operand(Element element, const Body& body) {
-  EFFICIENT_DENSENET_CHECK(!is_double(element), "efficient_densenet",
-                           "tensor-core kernels: no float64");
-  dispatch_element(element, [&](auto tag) {
-    if constexpr (!std::is_same_v<decltype(tag), double>) body(tag);
-  });
-}
-
-// Makes a device the current one for as long as it lives.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int index) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(index), "cudaSetDevice");
-  }
-  ~CurrentDevice() { cudaSetDevice(before_); }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
-// Bytes of shared memory that a block is to have on the current device. In bn_relu_conv1x1.cu.
-int64_t shared_memory();
-
-constexpr int kKnownDevices = 64;  // those beyond are asked every time
-
-// Lets a kernel have all that the device allows; asked once per kernel and device.
-template <auto kKernel>
-void allow_shared() {
-  static std::atomic<uint64_t> allowed{0};  // one bit per device
-  int device = 0, most = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  const uint64_t bit = device < kKnownDevices ? uint64_t(1) << device : 0;
-  if (allowed.load() & bit) return;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
-  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-        "cudaFuncSetAttribute");
-  allowed |= bit;
 }
 
 }  // namespace efficient_densenet::cuda
