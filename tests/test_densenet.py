@@ -261,7 +261,11 @@ def calls(model, x):
     names = [event.name for event in profile.events()]
     return {
         name: names.count(f"efficient_densenet::{name}")
-        for name in ("dense_block", "dense_block_backward", "update_running_statistics")
+        for name in (
+            "dense_block_layers",
+            "dense_block_layers_backward",
+            "update_running_statistics",
+        )
         + ("concat_bn_relu", "bn_relu_max_pool")
     }
 
@@ -269,8 +273,8 @@ def calls(model, x):
 def test_one_call_per_block(device):
     _, efficient = pair(device)
     assert calls(efficient, images(device)) == {
-        "dense_block": 3,
-        "dense_block_backward": 3,
+        "dense_block_layers": 3,
+        "dense_block_layers_backward": 3,
         "update_running_statistics": 3,
         "concat_bn_relu": 0,
         "bn_relu_max_pool": 0,
@@ -769,7 +773,7 @@ def test_one_call_per_block_in_all_dimensions(device, spatial_dims):
     _, efficient = pair(device, spatial_dims=spatial_dims)
     x = torch.randn(2, 3, *[8] * spatial_dims, dtype=torch.float64, device=device)
     found = calls(efficient, x)
-    assert found["dense_block"] == 3 and found["concat_bn_relu"] == 0
+    assert found["dense_block_layers"] == 3 and found["concat_bn_relu"] == 0
 
 
 def test_no_bottleneck():
