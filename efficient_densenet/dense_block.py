@@ -268,6 +268,7 @@ def _forward(plan: Plan, x: Tensor, keeps: bool) -> _Forward:
 
 
 def _project(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+    assert plan.entry is not None
     weight = plan.entry.to(plan.dtype).contiguous()
     return _in_channels_last(x, plan.dtype), weight
 
@@ -347,7 +348,7 @@ def _backward(
     if needed[0]:
         channels = plan.in_channels if projection is None else projection.size(1)
         grad_x = _new_channels_last((features.size(0), channels, *features.shape[2:]), features)
-    if needs_entry:
+    if needs_entry and projection is not None:
         grad_entry = torch.empty_like(projection)
     grad_affine = torch.empty_like(kept.affine)
     # Of 16-bit products, sums over chunks of rows.
