@@ -11,14 +11,15 @@
 // other. It reads a line of a window at a time, 3 pixels; backward, windows o and o + 1 of a line
 // of windows, in which the pair has places that are known at compile time. Neighbouring threads
 // find most of that in the L1 cache. So pixels gather: each is owned once, and the order of all
-// sums depends on shapes, strides and alignment alone. They leave the kernel as in sums.cuh. Bytes, per element of x of
-// s bytes, with p = 2^-dims: forward s + p (s + 1); backward twice s + p (s + 1) for sums and
-// gradients, and s written. Two-dimensional bf16: 2.75; 7.5. Limit: memory bandwidth, closely
-// followed by instructions, about 20 per element of x in each kernel: 9 normalisations and
-// comparisons per window forward, 9 comparisons and additions per 4 pixels backward. Shared memory:
-// 37 KB at V = 8 for the sums. Why not grad_x first, by gathering, and concat_bn_relu_backward on
-// it in place, as on the CPU: a write and a read of the size of x more. Why not 2 x 2 pixels per
-// thread: half the reads of windows, but twice the registers, of which 8 channels leave none.
+// sums depends on shapes, strides and alignment alone. They leave the kernel as in sums.cuh. Bytes,
+// per element of x of s bytes, with p = 2^-dims: forward s + p (s + 1); backward twice s + p (s +
+// 1) for sums and gradients, and s written. Two-dimensional bf16: 2.75; 7.5. Limit: memory
+// bandwidth, closely followed by instructions, about 20 per element of x in each kernel: 9
+// normalisations and comparisons per window forward, 9 comparisons and additions per 4 pixels
+// backward. Shared memory: 37 KB at V = 8 for the sums. Why not grad_x first, by gathering, and
+// concat_bn_relu_backward on it in place, as on the CPU: a write and a read of the size of x more.
+// Why not 2 x 2 pixels per thread: half the reads of windows, but twice the registers, of which 8
+// channels leave none.
 #include "cuda/elementwise/concat_bn_relu_backward.cuh"
 #include "operators/bn_relu_max_pool.h"
 

@@ -1,6 +1,6 @@
-// The kernels of a dense block: formulas in dense_block/kernels.h. All tensors are matrices, channels
-// inner; tiling and sums over rows as in tile.cuh and sums.cuh, sums in an order that depends on
-// shapes, strides and alignment alone.
+// The kernels of a dense block: formulas in dense_block/kernels.h. All tensors are matrices,
+// channels inner; tiling and sums over rows as in tile.cuh and sums.cuh, sums in an order that
+// depends on shapes, strides and alignment alone.
 //
 // Bytes per element of x, of s bytes; one of G has g = 4 (8 for double):
 //   accumulate  2 s + g read (x, grad_y, G), g written (G); the first reader of a block does not

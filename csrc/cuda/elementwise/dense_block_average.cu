@@ -3,11 +3,11 @@
 // Tiling: tile.cuh over the rows of one image. Blocks share channels (x), the chunks of an image
 // (y: one, where images and channels fill the GPU) and images (z). Sums: a thread's in the
 // arithmetic type, those of a block and of chunks in double, in an order that depends on shapes,
-// strides and alignment alone. Bytes: each element is read once, sizeof(T); 8 per channel and chunk of an image besides,
-// where there are several. Limit: memory bandwidth; with small images (7 x 7) latency, as a thread
-// has few rows. Shared memory: 21 KB at V = 8. Why not one thread per image and channel, without a
-// sum over threads: the head of DenseNet-121 has 64 x 1024 of them, 8 channels to a thread, which
-// is 2 warps per multiprocessor.
+// strides and alignment alone. Bytes: each element is read once, sizeof(T); 8 per channel and chunk
+// of an image besides, where there are several. Limit: memory bandwidth; with small images (7 x 7)
+// latency, as a thread has few rows. Shared memory: 21 KB at V = 8. Why not one thread per image
+// and channel, without a sum over threads: the head of DenseNet-121 has 64 x 1024 of them, 8
+// channels to a thread, which is 2 warps per multiprocessor.
 #include "cuda/elementwise/dense_block_average.cuh"
 #include "cuda/elementwise/launch.cuh"
 
