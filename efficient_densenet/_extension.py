@@ -6,13 +6,13 @@ a plain `pip install .` the module is taken from the installed copy, wherever it
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import __version__
 
@@ -84,7 +84,26 @@ def check_one_device(*arguments: Any) -> None:
         raise RuntimeError(f"{__package__}: expected all tensors on one device, got {names}")
 
 
-# On fake tensors, operators that only write to their arguments do nothing.
+def _without_negative_bit(name: str) -> Callable[..., None]:
+    """For tensors whose sign is a bit of the tensor (``z.conj().imag``), not of its memory.
+
+    Torch has a way of its own for them, but on torch 2.11 it crashes where an operator writes to
+    its arguments.
+    """
+    operator = getattr(torch.ops.efficient_densenet, name).default
+    writes = [argument.is_write for argument in operator._schema.arguments]
+
+    def resolve(*arguments: Any) -> None:
+        for argument, written in zip(arguments, writes, strict=False):
+            tensors = [t for t in tree_leaves(argument) if isinstance(t, torch.Tensor)]
+            if written and any(tensor.is_neg() for tensor in tensors):
+                raise RuntimeError(f"{operator}: expected memory to write to, got a negated view")
+        operator(*tree_map_only(torch.Tensor, torch.Tensor.resolve_neg, arguments))
+
+    return resolve
+
+
+_negative = torch.library.Library(__package__, "IMPL")
 for _name in (
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
@@ -96,7 +115,9 @@ for _name in (
     "dense_block_layers_backward",
     "update_running_statistics",
 ):
+    # On fake tensors, operators that only write to their arguments do nothing.
     torch.library.register_fake(f"{__package__}::{_name}", check_one_device)
+    _negative.impl(_name, _without_negative_bit(_name), "Negative")
 
 
 def build_info() -> dict[str, str | None]:
