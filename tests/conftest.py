@@ -1,11 +1,18 @@
 """Every test that takes `device` runs on the CPU and, where there is one, on a GPU as well."""
 
+import os
+
 import pytest
 import torch
 
 from efficient_densenet import runner
 from efficient_densenet._extension import _C
 from reference import DEVICES
+
+# Processes of pytest-xdist share the cores instead of having all of them each.
+processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if processes > 1:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 @pytest.fixture(params=DEVICES)
