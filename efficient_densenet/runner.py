@@ -36,7 +36,7 @@ from .lowering import (
     transition_reader,
     why_called,
     why_not_dims,
-    why_not_layers,
+    why_not_layers_in_turn,
     why_not_max_pool,
     why_not_norm,
     why_not_reader,
@@ -139,7 +139,7 @@ class Block(nn.Module):
         """As it runs where it cannot be one operator: layer by layer in linear memory if only its
         norms are in the way, which synchronise their statistics; else plainly.
         """
-        if torch.compiler.is_compiling() or why_not_layers(layers, may_synchronise=True):
+        if torch.compiler.is_compiling() or why_not_layers_in_turn(layers):
             return self.run_plain(x)
         return _run_layers(layers, x, self.settings().storage)
 
@@ -163,7 +163,7 @@ class Block(nn.Module):
 
     def instead(self) -> str:
         """What runs where the operator does not, in a word."""
-        layered = why_not_layers(self.layer_parts(), may_synchronise=True) is None
+        layered = why_not_layers_in_turn(self.layer_parts()) is None
         return "layer by layer" if layered and self.why_not_itself() is None else "plain modules"
 
 
