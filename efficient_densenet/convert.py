@@ -25,7 +25,7 @@ from .arguments import RECOMPUTE, check_bool, check_choice, check_module
 from .densenet import DenseBlock
 from .libraries import LayerParts, find_blocks, library_of
 from .lowering import why_called, why_not_layers, why_not_layers_in_turn
-from .runner import Block, Ending, Settings, records, run_block, run_sequence
+from .runner import Block, Ending, Settings, passes_through, records, run_block, run_sequence
 from .trial import (
     Head,
     Trial,
@@ -228,7 +228,8 @@ class _ConvertedSequential(_Converted):
         modules = list(self.children())
         y, _ = run_sequence(modules, x, ending)
         # Behind a model's features, an activation may work in place.
-        return y.clone() if modules and isinstance(modules[-1], Block) else y
+        blocks = [i for i, module in enumerate(modules) if isinstance(module, Block)]
+        return y.clone() if blocks and passes_through(modules[blocks[-1] + 1 :]) else y
 
 
 @functools.cache

@@ -256,7 +256,7 @@ def why_not_block(layers: Mapping[str, LayerParts], x: Tensor) -> str | None:
 
 def why_not_dims(norm: nn.Module, x: Tensor) -> str | None:
     """Norms check the number of dimensions; a SyncBatchNorm takes any."""
-    if isinstance(norm, (nn.SyncBatchNorm, BATCH_NORMS[x.dim() - 2])):
+    if isinstance(norm, (nn.SyncBatchNorm, BATCH_NORMS.get(x.dim() - 2, nn.SyncBatchNorm))):
         return None
     return f"norm is {type(norm).__name__}, for another number of dimensions than {x.dim()}"
 
