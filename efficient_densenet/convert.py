@@ -24,8 +24,8 @@ from . import libraries
 from .arguments import RECOMPUTE, check_bool, check_choice, check_module
 from .densenet import DenseBlock
 from .libraries import LayerParts, find_blocks, library_of
-from .lowering import why_called, why_not_layers
-from .runner import Block, Ending, Settings, records, run_block, run_sequence
+from .lowering import why_called, why_not_layers, why_not_layers_in_turn
+from .runner import Block, Ending, Settings, passes_through, records, run_block, run_sequence
 from .trial import (
     Head,
     Trial,
@@ -228,7 +228,8 @@ class _ConvertedSequential(_Converted):
         modules = list(self.children())
         y, _ = run_sequence(modules, x, ending)
         # Behind a model's features, an activation may work in place.
-        return y.clone() if modules and isinstance(modules[-1], Block) else y
+        blocks = [i for i, module in enumerate(modules) if isinstance(module, Block)]
+        return y.clone() if blocks and passes_through(modules[blocks[-1] + 1 :]) else y
 
 
 @functools.cache
@@ -307,7 +308,8 @@ def convert(
     if not found:
         raise ValueError(why_nothing_to_convert(model))
     trials = {name: _try(block) for name, block in found.items()}
-    refused = [f"{name}: {trial.why}" for name, trial in trials.items() if trial.why]
+    reasons = {name: trials[name].why or _why_never_fused(block) for name, block in found.items()}
+    refused = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
     if strict and refused:
         raise ValueError(f"model: cannot be converted wholly: {'; '.join(refused)}")
     if not inplace:
@@ -352,6 +354,11 @@ def _is_library_model(module: Any) -> bool:
     return is_known and isinstance(getattr(module, "features", None), nn.Module)
 
 
+def _why_never_fused(block: nn.Module) -> str | None:
+    """Why a block runs layer by layer for good, and not only while its norms synchronise."""
+    return why_not_layers(_layers_of(block), may_synchronise=True)
+
+
 def _layers_of(block: nn.Module) -> Mapping[str, LayerParts]:
     library = library_of(block)
     assert library is not None
@@ -369,7 +376,7 @@ def _try(block: Any) -> Trial:
     if library is None:
         return Trial("is not a dense block of a known library", None)
     try:
-        why = why_not_layers(_layers_of(block), may_synchronise=True)
+        why = why_not_layers_in_turn(_layers_of(block))
     except AttributeError as error:
         why = f"has other parts: {error}"
     if why is None and "forward" in vars(block):

@@ -114,7 +114,8 @@ def why_not_statistics(norm: Any) -> str | None:
     return None
 
 
-def why_not_convolution(conv: Any, x: Tensor, pointwise: bool) -> str | None:
+def why_not_kernel(conv: Any, pointwise: bool) -> str | None:
+    """Why a convolution is another one than the operator's, whatever its input."""
     why = why_called(conv, *CONVOLUTIONS.values())
     if why is not None:
         return f"convolution {why}"
@@ -130,6 +131,13 @@ def why_not_convolution(conv: Any, x: Tensor, pointwise: bool) -> str | None:
         or conv.padding != tuple(size // 2 for size in kernel)
     ):
         return "convolution has a stride, padding, dilation, groups or a bias"
+    return None
+
+
+def why_not_convolution(conv: Any, x: Tensor, pointwise: bool) -> str | None:
+    why = why_not_kernel(conv, pointwise)
+    if why is not None:
+        return why
     weight = conv.weight
     if not torch.compiler.is_compiling() and is_traceable_wrapper_subclass(weight):
         return f"convolution has a weight that is a {type(weight).__name__}"
@@ -171,8 +179,11 @@ def why_not_max_pool(pool: Any, x: Tensor) -> str | None:
     return None if [one_number(size) for size in numbers] == [3, 2, 1, 1] else "pool differs"
 
 
-def why_not_layer(parts: LayerParts, may_synchronise: bool = False) -> str | None:
-    """Whatever the input."""
+def why_not_layer_by_layer(parts: LayerParts) -> str | None:
+    """Why the norms of a layer cannot run in linear memory: it computes something else.
+
+    What its convolutions are does not matter for that, as long as nobody listens to them.
+    """
     if parts.other is not None:
         return parts.other
     if parts.drop_rate >= 1:
@@ -181,29 +192,37 @@ def why_not_layer(parts: LayerParts, may_synchronise: bool = False) -> str | Non
         why = why_called(module, type(module))
         if why is not None:
             return f"layer {why}"
-    return (
-        why_not_norm(parts.norm1, parts.relu1, may_synchronise)
-        or why_not_norm(parts.norm2, parts.relu2, may_synchronise)
-        or why_not_pair(parts)
-    )
-
-
-def why_not_pair(parts: LayerParts) -> str | None:
     for conv in (parts.conv1, parts.conv2):
         why = why_called(conv, *CONVOLUTIONS.values())
         if why is not None:
             return f"convolution {why}"
-    return None
+    return why_not_norm(parts.norm1, parts.relu1, True) or why_not_norm(
+        parts.norm2, parts.relu2, True
+    )
+
+
+def why_not_layers_in_turn(layers: Mapping[str, LayerParts]) -> str | None:
+    """Why a block cannot run layer by layer in linear memory, whatever its input."""
+    why = why_torch_differs()
+    for name, parts in layers.items():
+        reason = why_not_layer_by_layer(parts) if why is None else None
+        why = why or reason and f"{name}: {reason}"
+    return why
 
 
 def why_not_layers(layers: Mapping[str, LayerParts], may_synchronise: bool = False) -> str | None:
     """Why a block cannot run as one, whatever its input."""
-    first_name, first = next(iter(layers.items()))
-    why = why_torch_differs()
+    why = why_not_layers_in_turn(layers)
     if why is not None:
         return why
+    first_name, first = next(iter(layers.items()))
     for name, parts in layers.items():
-        why = why_not_layer(parts, may_synchronise)
+        why = (
+            why_not_kernel(parts.conv1, pointwise=True)
+            or why_not_kernel(parts.conv2, pointwise=False)
+            or why_not_norm(parts.norm1, parts.relu1, may_synchronise)
+            or why_not_norm(parts.norm2, parts.relu2, may_synchronise)
+        )
         if why is not None:
             return f"{name}: {why}"
         if (parts.drop_rate, parts.drops_channels) != (first.drop_rate, first.drops_channels):
@@ -237,7 +256,7 @@ def why_not_block(layers: Mapping[str, LayerParts], x: Tensor) -> str | None:
 
 def why_not_dims(norm: nn.Module, x: Tensor) -> str | None:
     """Norms check the number of dimensions; a SyncBatchNorm takes any."""
-    if isinstance(norm, (nn.SyncBatchNorm, BATCH_NORMS[x.dim() - 2])):
+    if isinstance(norm, (nn.SyncBatchNorm, BATCH_NORMS.get(x.dim() - 2, nn.SyncBatchNorm))):
         return None
     return f"norm is {type(norm).__name__}, for another number of dimensions than {x.dim()}"
 
@@ -394,7 +413,16 @@ _NORM_FIELDS = operator.itemgetter("training", "eps", "momentum", "track_running
 _CONVOLUTION_FIELDS = operator.itemgetter(
     "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
 )
-_POOL_FIELDS = operator.itemgetter("kernel_size", "stride", "padding", "ceil_mode")
+
+
+_CONVOLUTION_TYPES = frozenset(CONVOLUTIONS.values())
+_POOL_NAMES = ("kernel_size", "stride", "padding", "ceil_mode", "divisor_override")
+
+
+def _pool_fields(own: Mapping[str, Any]) -> object:
+    return tuple(map(own.get, _POOL_NAMES))  # AvgPool1d has no divisor_override
+
+
 
 
 class _FieldsOf(dict[type, Any]):
@@ -410,17 +438,19 @@ _fields_of = _FieldsOf(
     {
         **dict.fromkeys(_NORMS, _NORM_FIELDS),
         **dict.fromkeys(CONVOLUTIONS.values(), _CONVOLUTION_FIELDS),
-        **dict.fromkeys(AVERAGE_POOLS.values(), _POOL_FIELDS),
+        **dict.fromkeys(AVERAGE_POOLS.values(), _pool_fields),
     }
 )
 _hooks_of = operator.itemgetter(*_HOOKS)
 _tensor_facts = operator.attrgetter("shape", "dtype", "device")
+_needs_grad = operator.attrgetter("requires_grad")
 
 
 def _flatten(module: nn.Module, into: list[nn.Module]) -> None:
     into.append(module)
     for child in vars(module)["_modules"].values():
-        _flatten(child, into)
+        if child is not None:
+            _flatten(child, into)
 
 
 def gather_facts(
@@ -440,16 +470,21 @@ def gather_facts(
     attributes, kinds = list(map(vars, modules)), list(map(type, modules))
     fields = [_fields_of[kind](own) for kind, own in zip(kinds, attributes, strict=True)]
     present = [tensor for tensor in itertools.chain(*tensors[:7]) if tensor is not None]
-    absent = [tensor is None for tensor in itertools.chain(*tensors[:4])]
+    absent = [tensor is None for tensor in itertools.chain(*tensors[:7])]
+    running = [t for t in itertools.chain(*tensors[2:4]) if t is not None]
+    convolutions = [m for m, kind in zip(modules, kinds, strict=True) if kind in _CONVOLUTION_TYPES]
+    biases = _read(convolutions, "_parameters", "bias")
     sync = [synchronises(m) for m in modules if isinstance(m, nn.SyncBatchNorm)]
     return (
         (x.dtype, x.device, x.dim(), x.shape[1:2], min(x.shape[2:], default=0) < 2, extra),
         computed_dtype(x), in_autocast(x), any_global_hook(),
         [kind.forward for kind in _LEAVES],
-        kinds, fields, sync,
+        kinds, fields, sync, [bias is None for bias in biases],
         list(map(any, map(_hooks_of, attributes))), ["forward" in own for own in attributes],
         [parts[7:9] + parts[10:] for parts in layers],
-        absent, list(map(_tensor_facts, present)),
+        absent, list(map(_tensor_facts, present)), list(map(type, present)),
+        list(map(Tensor.stride, running)),
+        torch.is_grad_enabled() and any(map(_needs_grad, running)),
         None if tensors.projection is None else _tensor_facts(tensors.projection),
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ from .lowering import (
     transition_reader,
     why_called,
     why_not_dims,
-    why_not_layers,
+    why_not_layers_in_turn,
     why_not_max_pool,
     why_not_norm,
     why_not_reader,
@@ -56,6 +56,20 @@ def records(x: object) -> bool:
     )
 
 
+class WrongValue(ValueError, RuntimeError):
+    """An argument that plain modules refuse with a RuntimeError as often as with a ValueError.
+
+    Our message names it before anything is changed; whoever expects plain's type still catches it.
+    """
+
+
+class WrongType(TypeError, RuntimeError):
+    """The same of a TypeError."""
+
+
+WRONG: dict[type[Exception], type[Exception]] = {ValueError: WrongValue, TypeError: WrongType}
+
+
 # ------------------------------------------------------------------------------------------------
 # Layers
 
@@ -68,7 +82,11 @@ def norm_relu_conv(
     storage: SharedStorage | None = None,
 ) -> Tensor:
     """``consumer(relu(norm(cat(features, 1))))``, keeping nothing that can be recomputed."""
-    if not torch.compiler.is_compiling() and why_not_norm(norm, relu, may_synchronise=True) is None:
+    if (
+        not torch.compiler.is_compiling()
+        and why_not_norm(norm, relu, may_synchronise=True) is None
+        and why_not_dims(norm, features[0]) is None
+    ):
         fused: Tensor = _recomputed_bn_relu(norm, consumer, features, storage)
         return fused
     y = norm(torch.cat(list(features), 1) if len(features) > 1 else features[0])
@@ -90,10 +108,13 @@ def _recomputed_bn_relu(
     group = None
     if isinstance(norm, nn.SyncBatchNorm) and synchronises(norm):
         group = norm.process_group or torch.distributed.group.WORLD
-    y = concat_bn_relu(
-        features, bn.running_mean, bn.running_var, bn.weight, bn.bias,
-        training=bn.training, momentum=momentum, eps=bn.eps, storage=storage, process_group=group,
-    )  # fmt: skip
+    try:
+        y = concat_bn_relu(
+            features, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=bn.training,
+            momentum=momentum, eps=bn.eps, storage=storage, process_group=group,
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise WRONG.get(type(error), type(error))(str(error)) from None
     if bn.num_batches_tracked is not None:  # only now, so that an error leaves it as it was
         bn.num_batches_tracked.add_(1)
     with recompute_in_backward(y):
@@ -139,7 +160,7 @@ class Block(nn.Module):
         """As it runs where it cannot be one operator: layer by layer in linear memory if only its
         norms are in the way, which synchronise their statistics; else plainly.
         """
-        if torch.compiler.is_compiling() or why_not_layers(layers, may_synchronise=True):
+        if torch.compiler.is_compiling() or why_not_layers_in_turn(layers):
             return self.run_plain(x)
         return _run_layers(layers, x, self.settings().storage)
 
@@ -163,7 +184,7 @@ class Block(nn.Module):
 
     def instead(self) -> str:
         """What runs where the operator does not, in a word."""
-        layered = why_not_layers(self.layer_parts(), may_synchronise=True) is None
+        layered = why_not_layers_in_turn(self.layer_parts()) is None
         return "layer by layer" if layered and self.why_not_itself() is None else "plain modules"
 
 
@@ -223,7 +244,7 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     lowered, tensors = lower_block(block, x)
     if isinstance(lowered, Refusal):
         if lowered.error is not None:
-            raise lowered.error(lowered.why)
+            raise WRONG.get(lowered.error, lowered.error)(lowered.why)
         return block.run_refused(x, block.layer_parts())
     result = run_dense_block(lowered, tensors, x, block.settings().name)
     if _draws_in_order_of_memory(lowered) and not torch.compiler.is_compiling():
@@ -372,8 +393,34 @@ def _run_unfused(
         relu = relus[0] if relus else None
         return _run_stem(module, relu, consumers[0], x), position + 2 + len(relus)
     x = module(x)
-    writes = isinstance(module, Block) and following and getattr(following[0], "inplace", False)
-    return (x.clone() if writes else x), position + 1
+    if isinstance(module, Block) and following and writes_to_input(following):
+        x = x.clone()  # The block keeps its result for the backward pass.
+    return x, position + 1
+
+
+def writes_to_input(modules: Sequence[Any]) -> bool:
+    """Whether the first of these modules that computes anything works in place."""
+    for module in modules:
+        if type(module).forward is nn.Sequential.forward:
+            children = list(module.children())
+            if children and not passes_through(children):
+                return writes_to_input(children)
+        elif getattr(module, "inplace", False):
+            return True
+        elif not passes_through([module]):
+            return False
+    return False
+
+
+def passes_through(modules: Sequence[Any]) -> bool:
+    """Whether the result of modules may be their input itself."""
+    return all(
+        passes_through(list(module.children()))
+        if type(module).forward is nn.Sequential.forward
+        else isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+        and not getattr(module, "inplace", False)
+        for module in modules
+    )
 
 
 def _why_not_pooling_first(transition: Reader, x: Tensor) -> str | None:

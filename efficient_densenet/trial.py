@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .libraries import Library
+from .libraries import Library, has_activation
 from .lowering import BATCH_NORMS, any_global_hook, has_hooks
 
 _TOLERANCE = 1e-8
@@ -250,6 +250,8 @@ def head_averages(model: Any) -> bool:
     generator = torch.Generator().manual_seed(1)
     sizes = 2, norms[-1].num_features, *[_PIXELS] * dims
     features = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    if has_activation(norms[-1]):
+        features = F.relu(features)  # The norm has applied its ReLU, so the head has none.
     averages = F.relu(features).flatten(2).mean(2).view(*sizes[:2], *[1] * dims)
     for training in (True, False):
         try:

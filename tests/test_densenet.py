@@ -362,6 +362,7 @@ VARIANTS = {
     "untracked but present": lambda model: set_on_norms(model, track_running_stats=False),
     "other eps and momentum": lambda model: set_on_norms(model, eps=1e-2, momentum=0.7),
     "not affine": lambda model: set_on_norms(model, weight=None, bias=None),
+    "one layer in evaluation": lambda model: model.features.denseblock1.denselayer2.eval(),
 }
 
 
@@ -500,8 +501,7 @@ FALLBACKS = {
     "kernel (2, 2)": on_second_layer(
         lambda m: use_other_convolution(m, kernel_size=2, padding="same")
     ),
-    "denselayer2: other drop_rate": on_second_layer(lambda m: setattr(m, "drop_rate", 0.4)),
-    "or mode": on_second_layer(lambda m: m.eval()),
+    "denselayer2: other dropout": on_second_layer(lambda m: setattr(m, "drop_rate", 0.4)),
     "other numbers of channels": widen_layer,
 }
 
