@@ -6,25 +6,21 @@ Modules are lowered to it (:mod:`efficient_densenet.lowering`), it may be kept b
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Sequence
 
 import torch
 
 
-class Pool(enum.IntEnum):
-    """What the last reader averages; the numbers are those of csrc/dense_block."""
+class Pool:
+    """What the last reader averages; the numbers are those of csrc/dense_block.
+
+    They are plain integers, because compilers cannot make members of an enumeration.
+    """
 
     NONE = 0
     WINDOWS = 1  # of 2, with stride 2, in every spatial dimension
     IMAGES = 2  # all pixels of an image
-
-    def sizes(self, spatial: Sequence[int]) -> list[int]:
-        """Spatial sizes of the result."""
-        if self == Pool.IMAGES:
-            return [1] * len(spatial)
-        return [size // 2 if self == Pool.WINDOWS else size for size in spatial]
 
 
 class BlockSpec:
@@ -71,7 +67,7 @@ class BlockSpec:
         self.training, self.eps, self.momentum = list(training), list(eps), list(momentum)
         self.drop_rate, self.drops_channels = drop_rate, drops_channels
         self.keeps_bottlenecks = keeps_bottlenecks
-        self.has_reader, self.pool = has_reader, Pool(pool)
+        self.has_reader, self.pool = has_reader, pool
         self.projected_channels = projected_channels
         read = [self.in_channels + layer * self.growth for layer in range(self.num_layers)]
         self.norm_channels = [*read, *[self.bottleneck] * self.num_layers]
@@ -88,7 +84,12 @@ class BlockSpec:
 
     def result_sizes(self, x_sizes: Sequence[int]) -> list[int]:
         """Of the block's result, from those of its input."""
-        return [x_sizes[0], self.channels, *self.pool.sizes(x_sizes[2:])]
+        spatial = list(x_sizes[2:])
+        if self.pool == Pool.IMAGES:
+            spatial = [1] * len(spatial)
+        elif self.pool == Pool.WINDOWS:
+            spatial = [size // 2 for size in spatial]
+        return [x_sizes[0], self.channels, *spatial]
 
     def kept_bytes(self, rows: int) -> tuple[int, int]:
         """Kept for the backward pass with so many pixels of all images: here, and by plain modules.

@@ -74,7 +74,7 @@ def operands(
         tensors.conv1, tensors.conv2,
         [weight is not None for weight in weights], [bias is not None for bias in biases],
         spec.training, spec.eps, spec.dtype, spec.drop_rate, spec.keeps_bottlenecks,
-        spec.has_reader, int(spec.pool),
+        spec.has_reader, spec.pool,
     )  # fmt: skip
 
 

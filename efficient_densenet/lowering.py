@@ -269,7 +269,7 @@ class Reader(NamedTuple):
     relu: Any  # None where the norm holds it, or where it follows in the head
     conv: Any  # a transition's
     pool_module: Any
-    pool: Pool
+    pool: int  # of Pool
 
 
 def transition_reader(module: nn.Module) -> Reader | None:
