@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _extension  # noqa: F401  registers the operators
+from ._extension import check_one_device
 from .arguments import check_pooling_arguments
 from .batch_norm import (
     BatchNorm,
@@ -218,5 +218,6 @@ torch.library.register_autograd("efficient_densenet::functional_bn_relu_max_pool
 
 @torch.library.register_fake("efficient_densenet::bn_relu_max_pool_backward")
 def _(grad_y: Tensor, winners: Tensor, x: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    check_one_device(grad_y, winners, x, mean, *rest)
     grad_weight = torch.empty_like(mean, dtype=parameter_dtype(x.dtype))
     return grad_weight, torch.empty_like(grad_weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _extension  # noqa: F401  registers the operators
+from ._extension import check_one_device
 from .arguments import check_arguments
 from .batch_norm import (
     BatchNorm,
@@ -305,6 +305,7 @@ def _gradients(
 
 @torch.library.register_fake("efficient_densenet::concat_bn_stats")
 def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    check_one_device(features)
     channels = sum(feature.size(1) for feature in features)
     mean = features[0].new_empty(channels, dtype=torch.float64)
     return mean, torch.empty_like(mean)
@@ -312,5 +313,6 @@ def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("efficient_densenet::concat_bn_relu_backward")
 def _(grad_y: Tensor, features: object, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    check_one_device(grad_y, features, mean, *rest)
     grad_weight = torch.empty_like(mean, dtype=parameter_dtype(grad_y.dtype))
     return grad_weight, torch.empty_like(grad_weight)

@@ -423,8 +423,6 @@ def _pool_fields(own: Mapping[str, Any]) -> object:
     return tuple(map(own.get, _POOL_NAMES))  # AvgPool1d has no divisor_override
 
 
-
-
 class _FieldsOf(dict[type, Any]):
     """By the first known class that a class inherits from (timm's norms inherit from torch's)."""
 

@@ -313,11 +313,11 @@ def test_arguments_of_the_operators():
     p = make_problem(20, 24, 48, torch.bfloat16)
     z = torch.empty(20, 48, dtype=torch.bfloat16, device="cuda")
     wrong = {
-        "no kernels: there are no float64": dict(x=p.x.double()),
+        "there are no float64": dict(x=p.x.double()),
         "mean": dict(mean=p.mean.float()),
         "weight": dict(weight=p.weight[1:]),
         "conv1": dict(conv1=p.conv1[:, 1:]),
-        "no kernels: the bottleneck has 288": dict(conv1=p.conv1.repeat(6, 1)),
+        "the bottleneck has 288": dict(conv1=p.conv1.repeat(6, 1)),
         "z": dict(z=z[1:]),
         "moments": dict(moments=torch.empty(2, 47, dtype=torch.float64, device="cuda")),
     }
@@ -441,4 +441,4 @@ def test_why_not():
         .startswith("matrix products: the features are on cpu")
     )
     block = DenseBlock(2, 16, 12, efficient=False)
-    assert block.kernel_path(torch.randn(2, 16, 4, 4)) == "layer by layer: efficient=False"
+    assert block.kernel_path(torch.randn(2, 16, 4, 4)) == "plain modules: efficient=False"

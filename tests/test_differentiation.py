@@ -12,7 +12,7 @@ TWICE = "cannot be differentiated twice; use plain modules"
 
 def concatenated(x, weight, bias, training=True):
     running = (None, None) if training else (torch.zeros(5), torch.ones(5))
-    running = [t if t is None else t.to(x.dtype) for t in running]
+    running = [t if t is None else t.to(x) for t in running]
     features = [x, x[:, :2] * 2]
     return concat_bn_relu(features, *running, weight, bias, training, storage=SharedStorage())
 

@@ -397,6 +397,8 @@ def check_error_rule(x, layers, places=slice(None)):
     theirs = run_block(plain_block, x, layers, grad)
     ours = run_block(dense_block, x, layers, grad)
     for own, their, right in zip(ours[places], theirs[places], exact[places], strict=True):
+        if relative_error(their, right) > 1:
+            pytest.skip("this torch computes something else")
         limit = 2 * relative_error(their, right) + 4 * EPS[x.dtype]
         assert relative_error(own, right) <= limit
 
