@@ -157,12 +157,15 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def run_refused(self, x: Tensor, layers: Mapping[str, LayerParts]) -> Tensor:
-        """As it runs where it cannot be one operator: layer by layer in linear memory if only its
-        norms are in the way, which synchronise their statistics; else plainly.
+        """As it runs where it cannot be one operator: layer by layer in linear memory if each norm
+        can run so (where norms synchronise their statistics, say); else plainly.
         """
-        if torch.compiler.is_compiling() or why_not_layers_in_turn(layers):
+        if torch.compiler.is_compiling() or not self._runs_in_turn():
             return self.run_plain(x)
         return _run_layers(layers, x, self.settings().storage)
+
+    def _runs_in_turn(self) -> bool:
+        return self.why_not_itself() is None and why_not_layers_in_turn(self.layer_parts()) is None
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the block would not run as one operator on this input; None where it would."""
@@ -184,8 +187,7 @@ class Block(nn.Module):
 
     def instead(self) -> str:
         """What runs where the operator does not, in a word."""
-        layered = why_not_layers_in_turn(self.layer_parts()) is None
-        return "layer by layer" if layered and self.why_not_itself() is None else "plain modules"
+        return "layer by layer" if self._runs_in_turn() else "plain modules"
 
 
 class Settings:
