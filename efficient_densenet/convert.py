@@ -113,7 +113,7 @@ class _ConvertedBlock(_Converted, Block):
         if records(x):
             _warn_of_recording()
             return self.run_plain(x)
-        return run_block(self, x) if isinstance(x, Tensor) else self.run_plain(x)
+        return run_block(self, x)
 
     def settings(self) -> _ConvertedSettings:
         settings = self._efficient_densenet

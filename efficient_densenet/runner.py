@@ -207,6 +207,7 @@ def lower_block(
     block: Block, x: Tensor, reader: Reader | None = None, projection: Any = None
 ) -> tuple[BlockSpec | Refusal, Any]:
     """How a block runs with its reader and the convolution in front, and the tensors of it all."""
+    check_tensor("x", x)
     why = block.why_not_itself()
     if why is not None:
         return Refusal(why), None
@@ -242,7 +243,6 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     """A block alone."""
     if records(x):
         return block.run_plain(x)
-    check_tensor("x", x)
     lowered, tensors = lower_block(block, x)
     if isinstance(lowered, Refusal):
         if lowered.error is not None:
