@@ -46,7 +46,7 @@ def freeze_last_norm(model):
 
 
 def difference(found, expected):
-    return max((a.double() - b.double()).abs().max().item() for a, b in zip(found, expected))
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(found, expected, strict=True))
 
 
 def train_on_parts(rank, world):
@@ -69,7 +69,8 @@ def train_on_parts(rank, world):
             "gradients": (gradients, [p.grad for p in plain.parameters()]),
             "buffers": (model.buffers(), plain.buffers()),
         }
-        paths = [explain(model)[0].path, explain(model, x[part])[0].path, explain(model.eval())[0].path]
+        reports = explain(model), explain(model, x[part]), explain(model.eval())
+        paths = [report[0].path for report in reports]
         found[name] = {key: difference(*pair) for key, pair in pairs.items()}, paths
     return found
 
