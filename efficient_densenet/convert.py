@@ -83,7 +83,10 @@ class _ConvertedSettings(Settings):
         assert library is not None
         self.library, self.trial = library, trial
         self.code = _codes(block)
-        self.numbers = list(map(numbers_of, block.children()))
+        # A library's own code reads nothing but what LayerParts tell; that of others may.
+        kinds = (_original(block), *map(type, block.children()))
+        is_own = all(kind.__module__ == library.module for kind in kinds)
+        self.numbers = None if is_own else list(map(numbers_of, block.children()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Untried, (self.recompute, self.name)
@@ -110,7 +113,7 @@ class _ConvertedBlock(_Converted, Block):
         if records(x):
             _warn_of_recording()
             return self.run_plain(x)
-        return run_block(self, x) if isinstance(x, Tensor) else self.run_plain(x)
+        return run_block(self, x)
 
     def settings(self) -> _ConvertedSettings:
         settings = self._efficient_densenet
@@ -132,7 +135,8 @@ class _ConvertedBlock(_Converted, Block):
             return settings.trial.why
         if _codes(self) != settings.code:
             return "its code is not the one that was tried out: convert the model again"
-        if library.module is None and list(map(numbers_of, self.children())) != settings.numbers:
+        numbers = settings.numbers
+        if numbers is not None and list(map(numbers_of, self.children())) != numbers:
             return "an attribute of a layer was changed: convert the model again"
         drops = any(library.read(layer).drop_rate > 0 for layer in self.children())
         return settings.trial.why_with_dropout if drops else settings.trial.why

@@ -3,6 +3,9 @@
 These are the modules alone. With ``efficient=True`` they hand their input to
 :mod:`efficient_densenet.runner`; traced, scripted or exported they are the plain modules that they
 are made of. Parameters, module names and results are those of ``efficient=False``.
+
+``if not torch.jit.is_scripting()`` stands alone wherever it is asked: with ``and``, TorchScript would
+compile what follows as well.
 """
 
 from collections import OrderedDict
@@ -68,8 +71,9 @@ class _DenseLayer(nn.Module):
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        if not torch.jit.is_scripting() and self.efficient and not records(features[0]):
-            return self._run(features)
+        if not torch.jit.is_scripting():
+            if self.efficient and not records(features[0]):
+                return self._run(features)
         y = torch.cat(features, 1) if len(features) > 1 else features[0]
         y = self.relu1(self.norm1(y))
         if self.has_bottleneck:
@@ -220,8 +224,9 @@ class _Features(nn.Sequential):
     efficient = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and self.efficient and not records(x):
-            return self._run(x)
+        if not torch.jit.is_scripting():
+            if self.efficient and not records(x):
+                return self._run(x)
         for module in self:
             x = module(x)
         return x
@@ -348,9 +353,9 @@ class DenseNet(nn.Module):
         self.classifier = classifier.to(like.device, like.dtype).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and not records(x):
-            averages = self._run(x, Ending.AVERAGE)
-            return self.classifier(averages.flatten(1))
+        if not torch.jit.is_scripting():
+            if not records(x):
+                return self.classifier(self._run(x, Ending.AVERAGE).flatten(1))
         return self.classifier(F.relu(self.features(x)).flatten(2).mean(2))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -366,8 +371,9 @@ class DenseNet(nn.Module):
         Raises:
             ValueError: ``x`` has another number of dimensions.
         """
-        if not torch.jit.is_scripting() and not records(x):
-            return self._run(x, Ending.RELU)
+        if not torch.jit.is_scripting():
+            if not records(x):
+                return self._run(x, Ending.RELU)
         return F.relu(self.features(x))
 
     @torch.jit.unused

@@ -343,13 +343,24 @@ def read_tensors(
 
 
 def _read(modules: Sequence[Any], kind: str, name: str) -> list[Any]:
-    """An attribute of each; past nn.Module.__getattr__, which is slow, where that can be."""
-    if not torch.compiler.is_compiling():
-        try:
-            return [vars(module)[kind][name] for module in modules]
-        except KeyError:  # the replicas of nn.DataParallel have plain attributes
-            pass
-    return [getattr(module, name) for module in modules]
+    """A parameter or buffer of each, past nn.Module.__getattr__, which is slow.
+
+    Raises:
+        AttributeError: a module has none, or computes it whenever it is read (parametrisations).
+            That happens once, where the module is called, and not here.
+    """
+    if torch.compiler.is_compiling():
+        return [getattr(module, name) for module in modules]
+    try:
+        return [vars(module)[kind][name] for module in modules]
+    except KeyError:
+        pass
+    try:  # The replicas of nn.DataParallel have plain attributes instead of parameters.
+        return [
+            own[kind][name] if name in own[kind] else own[name] for own in map(vars, modules)
+        ]
+    except KeyError as error:
+        raise AttributeError(name) from error
 
 
 # ------------------------------------------------------------------------------------------------

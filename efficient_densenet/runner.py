@@ -157,12 +157,15 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def run_refused(self, x: Tensor, layers: Mapping[str, LayerParts]) -> Tensor:
-        """As it runs where it cannot be one operator: layer by layer in linear memory if only its
-        norms are in the way, which synchronise their statistics; else plainly.
+        """As it runs where it cannot be one operator: layer by layer in linear memory if each norm
+        can run so (where norms synchronise their statistics, say); else plainly.
         """
-        if torch.compiler.is_compiling() or why_not_layers_in_turn(layers):
+        if torch.compiler.is_compiling() or not self._runs_in_turn():
             return self.run_plain(x)
         return _run_layers(layers, x, self.settings().storage)
+
+    def _runs_in_turn(self) -> bool:
+        return self.why_not_itself() is None and why_not_layers_in_turn(self.layer_parts()) is None
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why the block would not run as one operator on this input; None where it would."""
@@ -184,8 +187,7 @@ class Block(nn.Module):
 
     def instead(self) -> str:
         """What runs where the operator does not, in a word."""
-        layered = why_not_layers_in_turn(self.layer_parts()) is None
-        return "layer by layer" if layered and self.why_not_itself() is None else "plain modules"
+        return "layer by layer" if self._runs_in_turn() else "plain modules"
 
 
 class Settings:
@@ -205,6 +207,7 @@ def lower_block(
     block: Block, x: Tensor, reader: Reader | None = None, projection: Any = None
 ) -> tuple[BlockSpec | Refusal, Any]:
     """How a block runs with its reader and the convolution in front, and the tensors of it all."""
+    check_tensor("x", x)
     why = block.why_not_itself()
     if why is not None:
         return Refusal(why), None
@@ -240,7 +243,6 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     """A block alone."""
     if records(x):
         return block.run_plain(x)
-    check_tensor("x", x)
     lowered, tensors = lower_block(block, x)
     if isinstance(lowered, Refusal):
         if lowered.error is not None:
