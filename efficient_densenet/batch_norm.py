@@ -83,7 +83,7 @@ def move_running_statistics(
     lists: tuple[list[Tensor], ...] = ([], [], [])
     used: list[int] = []
     for i, tracked in enumerate(zip(running_means, running_vars, batch_counts, strict=True)):
-        if tracked == (None, None, None):
+        if all(buffer is None for buffer in tracked):
             continue
         used.append(i)
         for to, buffer in zip(lists, tracked, strict=True):
