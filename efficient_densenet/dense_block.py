@@ -17,8 +17,8 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ._extension import _C
 from .arguments import check_block_arguments, check_more_than_one_value
@@ -39,8 +39,10 @@ from .dense_block_operators import operands
 from .differentiation import backward_pass, check_transforms, refuse_second_derivatives
 from .dropout import dropout_mask
 from .precision import settings as precision_settings
+from .subclasses import without_subclass
 
 _ops = torch.ops.efficient_densenet
+_PLAIN_TYPES = frozenset((Tensor, nn.Parameter, type(None)))
 _RECOMPUTE_KEEPS_BOTTLENECKS = {"bottleneck": True, "features": False}
 
 
@@ -83,10 +85,22 @@ def dense_block(
         TypeError, ValueError: an argument is wrong; nothing was changed.
         torch.OutOfMemoryError: running statistics are as before.
     """
-    if has_torch_function_unary(x):  # type: ignore[no-untyped-call]
-        result: Tensor = handle_torch_function(dense_block, (x,), x, layers, drop_rate, recompute)
+    given = _tensors_of(x, layers)
+    if has_torch_function(given):
+        result: Tensor = handle_torch_function(dense_block, given, x, layers, drop_rate, recompute)
         return result
     return run_dense_block(*describe(x, layers, drop_rate, recompute), x)
+
+
+def _tensors_of(x: Tensor, layers: Any) -> list[Any]:
+    """Those whose classes may want to see the call; nothing is known of the arguments yet."""
+    parts = (
+        [part for layer in layers if isinstance(layer, DenseLayer) for part in layer]
+        if isinstance(layers, (list, tuple))
+        else []
+    )
+    norms = [part for part in parts if isinstance(part, BatchNorm)]
+    return [x, *parts, *(field for norm in norms for field in norm[:4])]
 
 
 def describe(
@@ -144,14 +158,20 @@ def describe(
 
 
 def run_dense_block(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str = "") -> Tensor:
-    """Runs a block on its input.
+    """Runs a block on its input. Subclasses of Tensor see it as one function.
 
     Args:
         name: of the module, for messages.
     """
+    inputs = [x, *tensors.differentiable()]
+    if has_torch_function(inputs):
+        seen: Tensor = handle_torch_function(run_dense_block, inputs, spec, tensors, x, name)
+        return seen
+    if not _PLAIN_TYPES.issuperset(map(type, inputs)):
+        x, tensors = without_subclass(x), tensors.without_subclasses()
+        inputs = [x, *tensors.differentiable()]
     if spec.training_norms:
         check_more_than_one_value(x, spec.in_channels)
-    inputs = [x, *tensors.differentiable()]
     check_transforms("dense_block", *inputs)
     mask = None
     if spec.drop_rate > 0:
@@ -246,7 +266,7 @@ class _DenseBlock(torch.autograd.Function):
         spec, (needs_x, needs_projection, *rest) = ctx.spec, ctx.needs_input_grad[1:]
         norms, layers = 2 * len(spec.eps), spec.num_layers
         needs = Needs(needs_x, needs_projection, rest[:norms], rest[norms:-layers], rest[-layers:])
-        with backward_pass("dense_block"), _without_autocast(grad_result.device.type):
+        with backward_pass("dense_block", grad_result), _without_autocast(grad_result.device.type):
             token, features, *kept = _saved_tensors(ctx)
             saved = Saved(features, *kept[:4])
             mask, x, projection, *weights = kept[4:]

@@ -21,6 +21,7 @@ from .block_spec import BlockSpec, count_rows
 from .layout import dense_strides, with_strides
 from .out_of_memory import out_of_memory_as_torch_raises_it
 from .precision import settings as precision_settings
+from .subclasses import without_subclass
 
 _ops = torch.ops.efficient_densenet
 
@@ -55,6 +56,11 @@ class BlockTensors(NamedTuple):
     conv1: list[Tensor]
     conv2: list[Tensor]
     projection: Tensor | None = None
+
+    def without_subclasses(self) -> BlockTensors:
+        """The same memory as plain tensors."""
+        lists = [list(map(without_subclass, tensors)) for tensors in self[:-1]]
+        return BlockTensors(*lists, without_subclass(self.projection))
 
     def differentiable(self) -> list[Tensor | None]:
         """In the order in which gradients come back."""

@@ -32,7 +32,7 @@ from .dense_block_formulas import (
     parameter_layout,
     zero_gradients,
 )
-from .differentiation import raise_second_derivative
+from .differentiation import check_gradients, raise_second_derivative
 
 _ops = torch.ops.efficient_densenet
 
@@ -45,13 +45,13 @@ torch.library.define(
     "efficient_densenet::dense_block",
     f"(Tensor x, Tensor? projection, Tensor? dropout_mask, "
     f"{', '.join(f'Tensor[] {name}' for name in _LISTS)}, {_FLAGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "efficient_densenet::dense_block_backward",
     "(Tensor grad_result, Tensor features, Tensor bottlenecks, Tensor statistics, Tensor affine, "
-    "Tensor frozen, Tensor? dropout_mask, Tensor? x, Tensor? projection, Tensor[] conv1, "
-    "Tensor[] conv2, bool[] training, float[] eps, ScalarType dtype, float drop_rate, "
+    "Tensor frozen, Tensor token, Tensor? dropout_mask, Tensor? x, Tensor? projection, "
+    "Tensor[] conv1, Tensor[] conv2, bool[] training, float[] eps, ScalarType dtype, float drop_rate, "
     "bool keeps_bottlenecks, bool has_reader, int pool, int[] x_sizes, bool needs_x, "
     "bool needs_projection, bool[] needs_conv1, bool[] needs_conv2) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -143,7 +143,7 @@ def _dense_block_operator(
     lists, flags = operands[:_NUM_LISTS], operands[_NUM_LISTS:]
     spec, tensors = _from_operands(x, projection, lists, flags)
     result, saved = forward(spec, tensors, x, mask, keeps=True)
-    return result, *_filled(x, saved)
+    return result, *_filled(x, saved), x.new_empty(0)
 
 
 def _dense_block_backward_operator(
@@ -153,6 +153,7 @@ def _dense_block_backward_operator(
     statistics: Tensor,
     affine: Tensor,
     frozen: Tensor,
+    token: Tensor,
     mask: Tensor | None,
     x: Tensor | None,
     projection: Tensor | None,
@@ -189,22 +190,30 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     flags = inputs[3 + _NUM_LISTS :]
     weights, biases, _, _, conv1, conv2 = lists
     ctx.flags, ctx.x_dtype, ctx.x_sizes = flags, x.dtype, x.shape
+    ctx.list_sizes = list(map(len, lists))
     nones: list[Tensor | None] = []
     ctx.parameters = parameter_layout(
         BlockTensors(list(weights), list(biases), nones, nones, nones, list(conv1), list(conv2))
     )
     result, features, *kept = output
     has_reader = flags[-2]
+    # Only the result is differentiated. The token is saved so that a second derivative finds the
+    # way to its refusal, as in the eager function.
+    ctx.mark_non_differentiable(*output[1:-1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         features if has_reader else result, *kept, mask,
         None if projection is None else x, projection, *conv1, *conv2,
     )  # fmt: skip
 
 
-def _differentiate(ctx: Any, grad_result: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_result: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
     """The gradients of the operator's inputs."""
+    if grad_result is None:
+        return (*(None,) * 3, *([None] * n for n in ctx.list_sizes), *(None,) * len(ctx.flags))
+    check_gradients("dense_block", grad_result)
     features, *rest = ctx.saved_tensors
-    kept, (mask, x, projection), weights = rest[:4], rest[4:7], rest[7:]
+    kept, (mask, x, projection), weights = rest[:5], rest[5:8], rest[8:]
     layers = len(weights) // 2
     conv1, conv2 = weights[:layers], weights[layers:]
     has_weight, has_bias, training, eps, *numbers = ctx.flags

@@ -14,7 +14,12 @@ _INSTEAD = "use plain modules: efficient=False, or efficient_densenet.revert for
 
 
 def check_transforms(operator: str, *tensors: Tensor | None) -> None:
-    """Raises RuntimeError under torch.func's transforms and for tensors with a tangent."""
+    """Raises RuntimeError under torch.func's transforms and for tensors with a tangent.
+
+    A compiler traces registered operators instead, which refuse tangents themselves.
+    """
+    if torch.compiler.is_compiling():
+        return
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{operator}: torch.func's transforms (vmap, grad, jvp) are not supported; {_INSTEAD}"

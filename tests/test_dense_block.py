@@ -27,6 +27,7 @@ from block_reference import (
     block_errors,
     cast_norm,
     make_block_problem,
+    make_reader,
     map_tensors,
     plain_batch_norm,
     plain_dense_block,
@@ -162,21 +163,6 @@ def read(operator, problem, norm, pool):
     gradients = torch.autograd.grad(y, list(inputs.values()), grad_y)
     named = {f"grad {name}": g for name, g in zip(inputs, gradients, strict=True)}
     return {"y": y.detach(), **named, **statistics, **p.statistics()}
-
-
-def make_reader(problem, training):
-    """A norm over all channels, without kinks."""
-    exact = problem.to(torch.float64).fresh()
-    z = plain_dense_block(exact.x, exact.layers).detach()
-    channels = torch.arange(z.size(1), device=z.device)
-    ones = torch.ones_like(channels, dtype=torch.float64)
-    norm = BatchNorm(0.1 * ones, 2 * ones, 1 + 0.1 * torch.sin(channels), 0 * ones, training)
-
-    running = dict.fromkeys(("running_mean", "running_var")) if training else {}
-    norm = cast_norm(norm, problem.x.dtype)
-    z = plain_batch_norm(z, cast_norm(norm, torch.float64)._replace(**running))
-    eps = torch.finfo(problem.x.dtype).eps
-    return norm._replace(bias=shift_to_a_gap(z, max(4 * eps, 1e-5)).to(norm.bias))
 
 
 def assert_reader_matches(problem, pool, training=True, factor=2):
