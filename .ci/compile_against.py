@@ -1,6 +1,6 @@
 """Compiles every source against the headers of another torch release, without linking.
 
-    python .ci/compile_against.py 2.11.0 --std c++17
+    python .ci/compile_against.py [2.11.0] [--std c++17]
 
 Needs an environment that can build the package. The headers come from the release's wheel, of
 which nothing else is used.
@@ -68,7 +68,8 @@ def compile_one(job):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("release", help="a torch release, such as 2.11.0")
+    oldest = f"{load_setup().MINIMUM_TORCH}.0"
+    parser.add_argument("release", nargs="?", default=oldest, help=f"of torch (default: {oldest})")
     parser.add_argument("--std", default="c++17", help="the C++ standard that release builds with")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:

@@ -9,7 +9,7 @@
 //   row 1  [c0 c1 c2 ...]                [row 16 ... row 31]   then what is left, as one row
 //
 // Threads share the rows; a call's sums are formed in chunks of rows, whose number depends on the
-// shape alone, and added in order.
+// shape and strides alone, and added in order.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -211,7 +211,8 @@ class NormCoefficients {
       inverse_std[c] = 1 / std::sqrt(bn.var[c] + bn.eps);
       const double exact_scale = read(bn.weight, c, 1) * inverse_std[c];
       const Acc rounded = round_mean(bn.mean[c], inverse_std[c]);
-      mean_residual[c] = bn.mean[c] - rounded;
+      // Nothing can be taken off an infinite mean, and infinity minus infinity would be NaN.
+      mean_residual[c] = std::isinf(rounded) ? 0 : bn.mean[c] - rounded;
       std::fill_n(&mean[c * repeat], repeat, rounded);
       std::fill_n(&scale[c * repeat], repeat, static_cast<Acc>(exact_scale));
       std::fill_n(&bias[c * repeat], repeat,

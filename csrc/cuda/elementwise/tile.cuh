@@ -198,7 +198,8 @@ struct NormCoefficients {
     channel.inverse_std = static_cast<Acc>(inverse_std);
     channel.scale = static_cast<Acc>(scale);
     channel.mean = round_mean(bn.mean[c], channel.inverse_std);
-    const double mean_residual = bn.mean[c] - channel.mean;
+    // Nothing can be taken off an infinite mean, and infinity minus infinity would be NaN.
+    const double mean_residual = isinf(channel.mean) ? 0 : bn.mean[c] - channel.mean;
     channel.mean_residual = static_cast<Acc>(mean_residual);
     channel.bias = static_cast<Acc>(bias - mean_residual * scale);
     return channel;
