@@ -356,9 +356,7 @@ def _read(modules: Sequence[Any], kind: str, name: str) -> list[Any]:
     except KeyError:
         pass
     try:  # The replicas of nn.DataParallel have plain attributes instead of parameters.
-        return [
-            own[kind][name] if name in own[kind] else own[name] for own in map(vars, modules)
-        ]
+        return [own[kind][name] if name in own[kind] else own[name] for own in map(vars, modules)]
     except KeyError as error:
         raise AttributeError(name) from error
 
@@ -432,8 +430,6 @@ _POOL_NAMES = ("kernel_size", "stride", "padding", "ceil_mode", "divisor_overrid
 
 def _pool_fields(own: Mapping[str, Any]) -> object:
     return tuple(map(own.get, _POOL_NAMES))  # AvgPool1d has no divisor_override
-
-
 
 
 class _FieldsOf(dict[type, Any]):
