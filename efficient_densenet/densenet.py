@@ -4,8 +4,8 @@ These are the modules alone. With ``efficient=True`` they hand their input to
 :mod:`efficient_densenet.runner`; traced, scripted or exported they are the plain modules that they
 are made of. Parameters, module names and results are those of ``efficient=False``.
 
-``if not torch.jit.is_scripting()`` stands alone wherever it is asked: with ``and``, TorchScript would
-compile what follows as well.
+``if not torch.jit.is_scripting()`` stands alone wherever it is asked: behind an ``and``, TorchScript
+would compile the other conditions as well.
 """
 
 from collections import OrderedDict

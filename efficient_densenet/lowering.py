@@ -356,9 +356,7 @@ def _read(modules: Sequence[Any], kind: str, name: str) -> list[Any]:
     except KeyError:
         pass
     try:  # The replicas of nn.DataParallel have plain attributes instead of parameters.
-        return [
-            own[kind][name] if name in own[kind] else own[name] for own in map(vars, modules)
-        ]
+        return [own[kind][name] if name in own[kind] else own[name] for own in map(vars, modules)]
     except KeyError as error:
         raise AttributeError(name) from error
 

@@ -46,7 +46,9 @@ def freeze_last_norm(model):
 
 
 def difference(found, expected):
-    return max((a.double() - b.double()).abs().max().item() for a, b in zip(found, expected, strict=True))
+    return max(
+        (a.double() - b.double()).abs().max().item() for a, b in zip(found, expected, strict=True)
+    )
 
 
 def train_on_parts(rank, world):
