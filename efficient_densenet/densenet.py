@@ -4,8 +4,8 @@ These are the modules alone. With ``efficient=True`` they hand their input to
 :mod:`efficient_densenet.runner`; traced, scripted or exported they are the plain modules that they
 are made of. Parameters, module names and results are those of ``efficient=False``.
 
-``if not torch.jit.is_scripting()`` stands alone wherever it is asked: behind an ``and``, TorchScript
-would compile the other conditions as well.
+``if not torch.jit.is_scripting()`` stands alone wherever it is asked: behind an ``and``,
+TorchScript would compile the other conditions as well.
 """
 
 from collections import OrderedDict
@@ -28,7 +28,7 @@ from .arguments import (
     check_positive,
     check_spatial_dims,
 )
-from .libraries import LayerParts
+from .libraries import PART_NAMES, LayerParts
 from .lowering import AVERAGE_POOLS, BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, why_called
 from .runner import Block, Ending, Settings, norm_relu_conv, records, run_block, run_sequence
 from .storage import SharedStorage
@@ -102,10 +102,8 @@ def _read(layer: Any) -> LayerParts:
         other = f"is {type(layer).__name__}"
     elif not layer.has_bottleneck:
         other = "no bottleneck (bn_size=None)"
-    children = layer._modules
-    names = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
     drop_rate = layer.drop_rate if other is None and layer.training else 0.0
-    return LayerParts(layer, *(children.get(name) for name in names), drop_rate, other=other)
+    return LayerParts(layer, *map(layer._modules.get, PART_NAMES), drop_rate, other=other)
 
 
 class DenseBlock(Block):

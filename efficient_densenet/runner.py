@@ -27,9 +27,7 @@ from .lowering import (
     MAX_POOLS,
     Reader,
     Refusal,
-    Remembered,
     batch_norm,
-    gather_facts,
     lower,
     read_tensors,
     synchronises,
@@ -41,6 +39,7 @@ from .lowering import (
     why_not_norm,
     why_not_reader,
 )
+from .remembered import Remembered, gather_facts
 from .storage import SharedStorage
 
 
