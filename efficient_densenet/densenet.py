@@ -71,7 +71,7 @@ class _DenseLayer(nn.Module):
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self.efficient and not records(features[0]):
                 return self._run(features)
         y = torch.cat(features, 1) if len(features) > 1 else features[0]
@@ -103,7 +103,8 @@ def _read(layer: Any) -> LayerParts:
     elif not layer.has_bottleneck:
         other = "no bottleneck (bn_size=None)"
     drop_rate = layer.drop_rate if other is None and layer.training else 0.0
-    return LayerParts(layer, *map(layer._modules.get, PART_NAMES), drop_rate, other=other)
+    parts: Any = map(layer._modules.get, PART_NAMES)
+    return LayerParts(layer, *parts, drop_rate, False, (), other)
 
 
 class DenseBlock(Block):
@@ -163,7 +164,7 @@ class DenseBlock(Block):
             self.add_module(f"denselayer{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.run_plain(x)
         return self._run(x)
 
@@ -222,7 +223,7 @@ class _Features(nn.Sequential):
     efficient = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self.efficient and not records(x):
                 return self._run(x)
         for module in self:
@@ -351,10 +352,14 @@ class DenseNet(nn.Module):
         self.classifier = classifier.to(like.device, like.dtype).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if not records(x):
-                return self.classifier(self._run(x, Ending.AVERAGE).flatten(1))
-        return self.classifier(F.relu(self.features(x)).flatten(2).mean(2))
+                return self._classify(self._run(x, Ending.AVERAGE).flatten(1))
+        return self._classify(F.relu(self.features(x)).flatten(2).mean(2))
+
+    def _classify(self, averages: Tensor) -> Tensor:
+        y: Tensor = self.classifier(averages)
+        return y
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, after norm and ReLU: what the classifier pools.
@@ -369,7 +374,7 @@ class DenseNet(nn.Module):
         Raises:
             ValueError: ``x`` has another number of dimensions.
         """
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if not records(x):
                 return self._run(x, Ending.RELU)
         return F.relu(self.features(x))

@@ -125,7 +125,8 @@ def _read_monai(layer: Any) -> LayerParts:
     children = container._modules
     dropout = children.get("dropout")
     expected = PART_NAMES if dropout is None else (*PART_NAMES, "dropout")
-    parts = LayerParts(layer, *(children.get(name) for name in PART_NAMES), containers=(container,))
+    norms_and_convolutions: Any = map(children.get, PART_NAMES)
+    parts = LayerParts(layer, *norms_and_convolutions)._replace(containers=(container,))
     if tuple(children) != expected or tuple(layer._modules) != ("layers",):
         other = f"has children {', '.join(children)} instead of {', '.join(expected)}"
         return parts._replace(other=other)

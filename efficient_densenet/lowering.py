@@ -22,18 +22,23 @@ from .dense_block import describe
 from .dense_block_formulas import BlockTensors, DenseLayer
 from .libraries import LayerParts, has_activation, transition_of
 
-BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-NORMS = (*BATCH_NORMS.values(), nn.SyncBatchNorm)
-LEAVES = (
+BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+MAX_POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+AVERAGE_POOLS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+NORMS: tuple[Any, ...] = (*BATCH_NORMS.values(), nn.SyncBatchNorm)
+LEAVES: tuple[Any, ...] = (
     *NORMS, *CONVOLUTIONS.values(), *MAX_POOLS.values(), *AVERAGE_POOLS.values(), nn.ReLU,
     nn.Sequential,
 )  # fmt: skip
 # The code that the reasons below know. Whoever puts another in its place is not fused.
 _FORWARDS = tuple(kind.forward for kind in LEAVES)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS: tuple[str, ...] = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def run_sequence(
         if reader is not None:
             lowered, tensors = lower_block(modules[position], x, reader, projection)
         if isinstance(lowered, BlockSpec):
-            assert reader is not None
+            assert reader is not None and tensors is not None
             block = modules[position]
             if restores:
                 channels_last = _is_plainly_channels_last(block, x)

@@ -112,8 +112,8 @@ def _class_alone(kind: Any, dims: int) -> Any:
 
 
 def _spatial_dims(module: nn.Module) -> int:
-    convolutions = (m for m in module.modules() if hasattr(m, "kernel_size"))
-    return len(next(convolutions).kernel_size)
+    sizes: Any = (m.kernel_size for m in module.modules() if hasattr(m, "kernel_size"))
+    return len(next(sizes))
 
 
 # ------------------------------------------------------------------------------------------------
