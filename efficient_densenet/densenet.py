@@ -104,7 +104,7 @@ def _read(layer: Any) -> LayerParts:
         other = "no bottleneck (bn_size=None)"
     drop_rate = layer.drop_rate if other is None and layer.training else 0.0
     parts: Any = map(layer._modules.get, PART_NAMES)
-    return LayerParts(layer, *parts, drop_rate, False, (), other)
+    return LayerParts(layer, *parts, drop_rate, False, (), other)  # type: ignore[call-arg]
 
 
 class DenseBlock(Block):
