@@ -4,8 +4,8 @@ These are the modules alone. With ``efficient=True`` they hand their input to
 :mod:`efficient_densenet.runner`; traced, scripted or exported they are the plain modules that they
 are made of. Parameters, module names and results are those of ``efficient=False``.
 
-``if not torch.jit.is_scripting()`` stands alone wherever it is asked: behind an ``and``, TorchScript
-would compile the other conditions as well.
+``if not torch.jit.is_scripting()`` stands alone wherever it is asked: behind an ``and``,
+TorchScript would compile the other conditions as well.
 """
 
 from collections import OrderedDict
@@ -28,7 +28,7 @@ from .arguments import (
     check_positive,
     check_spatial_dims,
 )
-from .libraries import LayerParts
+from .libraries import PART_NAMES, LayerParts
 from .lowering import AVERAGE_POOLS, BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, why_called
 from .runner import Block, Ending, Settings, norm_relu_conv, records, run_block, run_sequence
 from .storage import SharedStorage
@@ -71,7 +71,7 @@ class _DenseLayer(nn.Module):
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self.efficient and not records(features[0]):
                 return self._run(features)
         y = torch.cat(features, 1) if len(features) > 1 else features[0]
@@ -102,10 +102,9 @@ def _read(layer: Any) -> LayerParts:
         other = f"is {type(layer).__name__}"
     elif not layer.has_bottleneck:
         other = "no bottleneck (bn_size=None)"
-    children = layer._modules
-    names = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
     drop_rate = layer.drop_rate if other is None and layer.training else 0.0
-    return LayerParts(layer, *(children.get(name) for name in names), drop_rate, other=other)
+    parts: Any = map(layer._modules.get, PART_NAMES)
+    return LayerParts(layer, *parts, drop_rate, False, (), other)  # type: ignore[call-arg]
 
 
 class DenseBlock(Block):
@@ -165,7 +164,7 @@ class DenseBlock(Block):
             self.add_module(f"denselayer{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.run_plain(x)
         return self._run(x)
 
@@ -224,7 +223,7 @@ class _Features(nn.Sequential):
     efficient = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self.efficient and not records(x):
                 return self._run(x)
         for module in self:
@@ -353,10 +352,14 @@ class DenseNet(nn.Module):
         self.classifier = classifier.to(like.device, like.dtype).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if not records(x):
-                return self.classifier(self._run(x, Ending.AVERAGE).flatten(1))
-        return self.classifier(F.relu(self.features(x)).flatten(2).mean(2))
+                return self._classify(self._run(x, Ending.AVERAGE).flatten(1))
+        return self._classify(F.relu(self.features(x)).flatten(2).mean(2))
+
+    def _classify(self, averages: Tensor) -> Tensor:
+        y: Tensor = self.classifier(averages)
+        return y
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, after norm and ReLU: what the classifier pools.
@@ -371,7 +374,7 @@ class DenseNet(nn.Module):
         Raises:
             ValueError: ``x`` has another number of dimensions.
         """
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if not records(x):
                 return self._run(x, Ending.RELU)
         return F.relu(self.features(x))

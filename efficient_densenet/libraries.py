@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-_PARTS = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
+PART_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
 _PARTS_WITHOUT_RELU = ("norm1", "conv1", "norm2", "conv2")
 
 
@@ -90,7 +90,7 @@ def _read_attributes(layer: Any) -> LayerParts:
     """Parts that are children of the layer."""
     children = layer._modules
     holds_activation = "relu1" not in children and "relu2" not in children
-    expected = _PARTS_WITHOUT_RELU if holds_activation else _PARTS
+    expected = _PARTS_WITHOUT_RELU if holds_activation else PART_NAMES
     other = None
     if tuple(children) != expected:
         other = f"has children {', '.join(children)} instead of {', '.join(expected)}"
@@ -124,8 +124,9 @@ def _read_monai(layer: Any) -> LayerParts:
     container = layer.layers
     children = container._modules
     dropout = children.get("dropout")
-    expected = _PARTS if dropout is None else (*_PARTS, "dropout")
-    parts = LayerParts(layer, *(children.get(name) for name in _PARTS), containers=(container,))
+    expected = PART_NAMES if dropout is None else (*PART_NAMES, "dropout")
+    norms_and_convolutions: Any = map(children.get, PART_NAMES)
+    parts = LayerParts(layer, *norms_and_convolutions)._replace(containers=(container,))
     if tuple(children) != expected or tuple(layer._modules) != ("layers",):
         other = f"has children {', '.join(children)} instead of {', '.join(expected)}"
         return parts._replace(other=other)

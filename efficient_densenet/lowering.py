@@ -3,19 +3,11 @@
 Every function ``why_not_*`` returns a reason, or None where a module computes exactly what the
 operator would. :func:`lower` puts them together for a block, with the module that reads it and the
 convolution in front of it. Everybody who runs or explains a block asks this module.
-
-Lowering looks at every module of a block, which costs as much as its kernels. So
-:class:`Remembered` keeps the last description with the *facts* that it followed from: types, modes,
-numbers, hooks, and dtypes, devices and shapes of tensors. Facts hold no tensor and no module, so
-nothing is kept alive, and replicas and copies share them.
 """
 
 from __future__ import annotations
 
-import itertools
-import operator
-import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,25 +15,30 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .arguments import computed_dtype, in_autocast
+from .arguments import in_autocast
 from .batch_norm import BatchNorm
 from .block_spec import BlockSpec, Pool
 from .dense_block import describe
 from .dense_block_formulas import BlockTensors, DenseLayer
 from .libraries import LayerParts, has_activation, transition_of
 
-BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-_NORMS = (*BATCH_NORMS.values(), nn.SyncBatchNorm)
-_LEAVES = (
-    *_NORMS, *CONVOLUTIONS.values(), *MAX_POOLS.values(), *AVERAGE_POOLS.values(), nn.ReLU,
+BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+MAX_POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+AVERAGE_POOLS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+NORMS: tuple[Any, ...] = (*BATCH_NORMS.values(), nn.SyncBatchNorm)
+LEAVES: tuple[Any, ...] = (
+    *NORMS, *CONVOLUTIONS.values(), *MAX_POOLS.values(), *AVERAGE_POOLS.values(), nn.ReLU,
     nn.Sequential,
 )  # fmt: skip
 # The code that the reasons below know. Whoever puts another in its place is not fused.
-_FORWARDS = tuple(kind.forward for kind in _LEAVES)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARDS = tuple(kind.forward for kind in LEAVES)
+HOOKS: tuple[str, ...] = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -53,7 +50,7 @@ def any_global_hook() -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def why_called(module: Any, *types: type[nn.Module]) -> str | None:
@@ -72,7 +69,7 @@ def why_called(module: Any, *types: type[nn.Module]) -> str | None:
 
 def why_torch_differs() -> str | None:
     """Whether somebody changed what torch's own modules compute."""
-    for kind, forward in zip(_LEAVES, _FORWARDS, strict=True):
+    for kind, forward in zip(LEAVES, _FORWARDS, strict=True):
         if kind.forward is not forward:
             return f"{kind.__name__}.forward was replaced"
     return None
@@ -90,7 +87,7 @@ def synchronises(norm: Any) -> bool:
 def why_not_norm(norm: Any, relu: Any, may_synchronise: bool = False) -> str | None:
     """Batch norm and ReLU as two modules, or as one of timm's."""
     whole = relu is None and has_activation(norm)
-    bases = (type(norm),) if whole else _NORMS
+    bases = (type(norm),) if whole else NORMS
     if relu is None and not whole:
         return f"norm is {type(norm).__name__}, without a ReLU"
     why = why_called(norm, *bases)
@@ -284,7 +281,7 @@ def why_not_reader(reader: Reader, x: Tensor, may_synchronise: bool = False) -> 
     if reader.conv is None:
         if has_activation(reader.norm):
             return why_not_norm(reader.norm, None)
-        why = why_called(reader.norm, *_NORMS)
+        why = why_called(reader.norm, *NORMS)
         if why is None and type(reader.norm) is nn.SyncBatchNorm and synchronises(reader.norm):
             why = "synchronises its statistics"
         return why or why_not_dims(reader.norm, x) or why_not_statistics(reader.norm)
@@ -324,25 +321,25 @@ def read_tensors(
     norms = [*(parts.norm1 for parts in layers), *(parts.norm2 for parts in layers)]
     norms += [] if reader is None else [reader.norm]
     means, variances, counts = (
-        _read(norms, "_buffers", name)
+        read_attribute(norms, "_buffers", name)
         for name in ("running_mean", "running_var", "num_batches_tracked")
     )
     for i, norm in enumerate(norms):
         if norm.training and not norm.track_running_stats:
             means[i] = variances[i] = counts[i] = None
     return BlockTensors(
-        _read(norms, "_parameters", "weight"),
-        _read(norms, "_parameters", "bias"),
+        read_attribute(norms, "_parameters", "weight"),
+        read_attribute(norms, "_parameters", "bias"),
         means,
         variances,
         counts,
-        _read([parts.conv1 for parts in layers], "_parameters", "weight"),
-        _read([parts.conv2 for parts in layers], "_parameters", "weight"),
+        read_attribute([parts.conv1 for parts in layers], "_parameters", "weight"),
+        read_attribute([parts.conv2 for parts in layers], "_parameters", "weight"),
         None if projection is None else projection.weight,
     )
 
 
-def _read(modules: Sequence[Any], kind: str, name: str) -> list[Any]:
+def read_attribute(modules: Sequence[Any], kind: str, name: str) -> list[Any]:
     """A parameter or buffer of each, past nn.Module.__getattr__, which is slow.
 
     Raises:
@@ -352,7 +349,7 @@ def _read(modules: Sequence[Any], kind: str, name: str) -> list[Any]:
     if torch.compiler.is_compiling():
         return [getattr(module, name) for module in modules]
     try:
-        return [vars(module)[kind][name] for module in modules]
+        return [module.__dict__[kind][name] for module in modules]
     except KeyError:
         pass
     try:  # The replicas of nn.DataParallel have plain attributes instead of parameters.
@@ -415,111 +412,3 @@ def lower(
         return describe(x, *arguments)[0]
     except (TypeError, ValueError) as error:
         return Refusal(str(error), type(error))
-
-
-# What decides about a module, besides its type, its hooks and what LayerParts tell.
-_NORM_FIELDS = operator.itemgetter("training", "eps", "momentum", "track_running_stats")
-_CONVOLUTION_FIELDS = operator.itemgetter(
-    "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
-)
-
-
-_CONVOLUTION_TYPES = frozenset(CONVOLUTIONS.values())
-_POOL_NAMES = ("kernel_size", "stride", "padding", "ceil_mode", "divisor_override")
-
-
-def _pool_fields(own: Mapping[str, Any]) -> object:
-    return tuple(map(own.get, _POOL_NAMES))  # AvgPool1d has no divisor_override
-
-
-class _FieldsOf(dict[type, Any]):
-    """By the first known class that a class inherits from (timm's norms inherit from torch's)."""
-
-    def __missing__(self, kind: type) -> Any:
-        known = (self[base] for base in kind.__mro__[1:] if base in self)
-        self[kind] = next(known, operator.itemgetter("training"))
-        return self[kind]
-
-
-_fields_of = _FieldsOf(
-    {
-        **dict.fromkeys(_NORMS, _NORM_FIELDS),
-        **dict.fromkeys(CONVOLUTIONS.values(), _CONVOLUTION_FIELDS),
-        **dict.fromkeys(AVERAGE_POOLS.values(), _pool_fields),
-    }
-)
-_hooks_of = operator.itemgetter(*_HOOKS)
-_tensor_facts = operator.attrgetter("shape", "dtype", "device")
-_needs_grad = operator.attrgetter("requires_grad")
-
-
-def _flatten(module: nn.Module, into: list[nn.Module]) -> None:
-    into.append(module)
-    for child in vars(module)["_modules"].values():
-        if child is not None:
-            _flatten(child, into)
-
-
-def gather_facts(
-    x: Tensor,
-    layers: Iterable[LayerParts],
-    roots: Iterable[nn.Module],
-    tensors: BlockTensors,
-    extra: object,
-) -> tuple[object, ...]:
-    """All that :func:`lower` reads.
-
-    Loops are without bytecode where they can be: they run over hundreds of modules in every step.
-    """
-    modules: list[nn.Module] = []
-    for root in roots:
-        _flatten(root, modules)
-    attributes, kinds = list(map(vars, modules)), list(map(type, modules))
-    fields = [_fields_of[kind](own) for kind, own in zip(kinds, attributes, strict=True)]
-    present = [tensor for tensor in itertools.chain(*tensors[:7]) if tensor is not None]
-    absent = [tensor is None for tensor in itertools.chain(*tensors[:7])]
-    running = [t for t in itertools.chain(*tensors[2:4]) if t is not None]
-    convolutions = [m for m, kind in zip(modules, kinds, strict=True) if kind in _CONVOLUTION_TYPES]
-    biases = _read(convolutions, "_parameters", "bias")
-    sync = [synchronises(m) for m in modules if isinstance(m, nn.SyncBatchNorm)]
-    return (
-        (x.dtype, x.device, x.dim(), x.shape[1:2], min(x.shape[2:], default=0) < 2, extra),
-        computed_dtype(x), in_autocast(x), any_global_hook(),
-        [kind.forward for kind in _LEAVES],
-        kinds, fields, sync, [bias is None for bias in biases],
-        list(map(any, map(_hooks_of, attributes))), ["forward" in own for own in attributes],
-        [parts[7:9] + parts[10:] for parts in layers],
-        absent, list(map(_tensor_facts, present)), list(map(type, present)),
-        list(map(Tensor.stride, running)),
-        torch.is_grad_enabled() and any(map(_needs_grad, running)),
-        None if tensors.projection is None else _tensor_facts(tensors.projection),
-    )  # fmt: skip
-
-
-class Remembered:
-    """The last description of a block for every use of it, with the facts that it follows from.
-
-    Copies and pickles are empty.
-    """
-
-    def __init__(self) -> None:
-        self._last: dict[object, tuple[object, BlockSpec | Refusal]] = {}
-
-    def get(self, use: object, facts: object) -> BlockSpec | Refusal | None:
-        last = self._last.get(use)
-        return None if last is None or last[0] != facts else last[1]
-
-    def put(self, use: object, facts: object, lowered: BlockSpec | Refusal) -> None:
-        if _is_plain(facts):
-            self._last[use] = facts, lowered
-
-    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
-        return Remembered, ()
-
-
-def _is_plain(fact: object) -> bool:
-    """Whether nothing in it could keep a tensor or a module alive."""
-    if isinstance(fact, (list, tuple)):
-        return all(map(_is_plain, fact))
-    kinds = (int, float, str, type, torch.dtype, torch.device, types.FunctionType)
-    return fact is None or isinstance(fact, kinds)

@@ -27,9 +27,7 @@ from .lowering import (
     MAX_POOLS,
     Reader,
     Refusal,
-    Remembered,
     batch_norm,
-    gather_facts,
     lower,
     read_tensors,
     synchronises,
@@ -41,6 +39,7 @@ from .lowering import (
     why_not_norm,
     why_not_reader,
 )
+from .remembered import Remembered, gather_facts
 from .storage import SharedStorage
 
 
@@ -318,7 +317,7 @@ def run_sequence(
         if reader is not None:
             lowered, tensors = lower_block(modules[position], x, reader, projection)
         if isinstance(lowered, BlockSpec):
-            assert reader is not None
+            assert reader is not None and tensors is not None
             block = modules[position]
             if restores:
                 channels_last = _is_plainly_channels_last(block, x)

@@ -239,3 +239,31 @@ def test_explain_says_what_conversion_would_save():
         assert report.kept_bytes < report.plain_bytes
     assert {report.path for report in explain(model)} == {"library: not converted"}
     assert type(model.features) is nn.Sequential
+
+
+# The conversion itself
+
+
+STATES = {
+    "meta": lambda m: m.to("meta"),
+    "bfloat16": lambda m: m.bfloat16(),
+    "frozen": lambda m: m.requires_grad_(False),
+    "in inference": lambda m: m.eval(),
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_conversion_moves_nothing(state):
+    """Neither torch's random numbers nor any tensor of the model, wherever that is."""
+    model = STATES[state](torchvision())
+    before = {name: (t, t._version) for name, t in model.state_dict(keep_vars=True).items()}
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    convert(model, strict=True)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert modes == [module.training for module in model.modules()]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0] and tensor._version == before[name][1], name
+    assert {report.path for report in explain(model)} == {"fused"}
