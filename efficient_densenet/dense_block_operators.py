@@ -51,9 +51,9 @@ torch.library.define(
     "efficient_densenet::dense_block_backward",
     "(Tensor grad_result, Tensor features, Tensor bottlenecks, Tensor statistics, Tensor affine, "
     "Tensor frozen, Tensor token, Tensor? dropout_mask, Tensor? x, Tensor? projection, "
-    "Tensor[] conv1, Tensor[] conv2, bool[] training, float[] eps, ScalarType dtype, float drop_rate, "
-    "bool keeps_bottlenecks, bool has_reader, int pool, int[] x_sizes, bool needs_x, "
-    "bool needs_projection, bool[] needs_conv1, bool[] needs_conv2) "
+    "Tensor[] conv1, Tensor[] conv2, bool[] training, float[] eps, ScalarType dtype, "
+    "float drop_rate, bool keeps_bottlenecks, bool has_reader, int pool, int[] x_sizes, "
+    "bool needs_x, bool needs_projection, bool[] needs_conv1, bool[] needs_conv2) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _NUM_LISTS = len(_LISTS)

@@ -355,7 +355,7 @@ def shift_to_a_gap(z: Tensor, distance: float) -> Tensor:
 def make_reader(problem: BlockProblem, training: bool) -> BatchNorm:
     """A norm over all channels, without kinks."""
     exact = problem.to(torch.float64).fresh()
-    z = plain_dense_block(exact.x, exact.layers).detach()
+    z = plain_dense_block(exact.x, exact.layers, **exact.options()).detach()
     channels = torch.arange(z.size(1), device=z.device)
     ones = torch.ones_like(channels, dtype=torch.float64)
     norm = BatchNorm(0.1 * ones, 2 * ones, 1 + 0.1 * torch.sin(channels), 0 * ones, training)

@@ -32,9 +32,8 @@ from block_reference import (
     plain_batch_norm,
     plain_dense_block,
     run,
-    shift_to_a_gap,
 )
-from efficient_densenet import BatchNorm, DenseBlock, dense_block, dense_block_formulas
+from efficient_densenet import DenseBlock, dense_block, dense_block_formulas
 from efficient_densenet.block_spec import Pool
 from efficient_densenet.dense_block import describe, run_dense_block
 from reference import (
