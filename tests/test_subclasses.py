@@ -212,8 +212,8 @@ def test_models(name, make, training, needs_grad):
     x = MAKE[make](torch.randn(shape))
     ours, plain = (step_of(m, x, needs_grad) for m in (model, without_fusion(model)))
     assert described(ours[0]) == described(plain[0])
-    for found, expected in zip(torch.utils._pytree.tree_leaves(ours[1:]),
-                               torch.utils._pytree.tree_leaves(plain[1:]), strict=True):  # fmt: skip
+    leaves = (torch.utils._pytree.tree_leaves(step[1:]) for step in (ours, plain))
+    for found, expected in zip(*leaves, strict=True):
         if expected is None:
             assert found is None
             continue
