@@ -176,6 +176,7 @@ def run_dense_block(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str
     if spec.training_norms:
         check_more_than_one_value(x, spec.in_channels)
     check_transforms("dense_block", *inputs)
+    result: Tensor
     mask = None
     if spec.drop_rate > 0:
         draw = _ops.dropout_mask if torch.compiler.is_compiling() else dropout_mask

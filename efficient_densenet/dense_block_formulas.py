@@ -59,8 +59,10 @@ class BlockTensors(NamedTuple):
 
     def without_subclasses(self) -> BlockTensors:
         """The same memory as plain tensors."""
-        lists = [list(map(without_subclass, tensors)) for tensors in self[:-1]]
-        return BlockTensors(*lists, without_subclass(self.projection))
+        lists: list[Any] = [list(map(without_subclass, tensors)) for tensors in self[:7]]
+        weights, biases, means, variances, counts, conv1, conv2 = lists
+        projection = without_subclass(self.projection)
+        return BlockTensors(weights, biases, means, variances, counts, conv1, conv2, projection)
 
     def differentiable(self) -> list[Tensor | None]:
         """In the order in which gradients come back."""

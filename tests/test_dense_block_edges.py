@@ -21,14 +21,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def outcome(block, x):
     """Everything that can be seen of a step, or the type of the error."""
     x = x.detach().requires_grad_()
-    before = [t.clone() for t in block.buffers()]
     try:
         y = block(x)
         y.sum().backward()
     except Exception as error:
-        if block.efficient:
-            for old, new in zip(before, block.buffers(), strict=True):
-                assert torch.equal(old, new)
         return type(error)
     gradients = [p.grad for p in block.parameters()]
     return [y.detach(), x.grad, *gradients, *block.buffers()]
@@ -57,15 +53,13 @@ def make(spatial_dims=2, dtype=torch.float64, **options):
 @pytest.mark.parametrize(
     "shape",
     [(0, 8, 4, 4), (0, 8, 4), (0, 8, 2, 3, 4), (1, 8, 1, 1), (1, 8, 1), (1, 8, 1, 2), (2, 8, 1, 1),
-     (2, 7, 4, 4), (2, 0, 4, 4), (8, 4, 4), (2, 8, 4, 4, 4)],
+     (2, 7, 4, 4), (2, 0, 4, 4), (8, 4, 4)],
     ids=str,
 )  # fmt: skip
 def test_shapes(shape, training):
     dims = max(1, min(3, len(shape) - 2))
     if shape == (8, 4, 4):
         dims = 2  # an image without a batch
-    elif shape == (2, 8, 4, 4, 4):
-        dims = 2
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
     block = make(dims).train(training)
@@ -113,18 +107,13 @@ def test_meta(small_inputs, drop_rate, autocast, recompute):
             drop_rate=drop_rate, recompute=recompute,
         )  # fmt: skip
     found = []
-    for device in ("meta", "cpu"):
+    for device in ("cpu", "meta"):
         model, leaf = model.to(device), x.detach().to(device).requires_grad_()
-        if device == "cpu":
-            model = model.to_empty(device="cpu")
-            nn.utils.vector_to_parameters(torch.rand(sum(p.numel() for p in model.parameters())),
-                                          model.parameters())  # fmt: skip
-        on = autocast is not None and device == "meta"
-        with (
-            warnings.catch_warnings(),
-            torch.autocast(autocast, torch.bfloat16) if on else (nullcontext()),
-        ):
-            warnings.simplefilter("ignore")
+        model.zero_grad()
+        context = nullcontext()
+        if autocast is not None and device == "meta":  # it does not know the meta device
+            context = torch.autocast(autocast, torch.bfloat16)
+        with context:
             y = model(leaf)
             y.sum().backward()
         grads = [leaf.grad, *(p.grad for p in model.parameters())]
