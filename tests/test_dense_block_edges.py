@@ -92,6 +92,10 @@ def test_momentum(momentum):
     assert_as_plain(block, torch.randn(2, 8, 4, 4, dtype=torch.float64))
 
 
+def strides_that_count(t):
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
+
+
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("autocast", [None, "cpu", "cuda"])
 @pytest.mark.parametrize("drop_rate", [0, 0.3])
@@ -117,7 +121,7 @@ def test_meta(small_inputs, drop_rate, autocast, recompute):
             y = model(leaf)
             y.sum().backward()
         grads = [leaf.grad, *(p.grad for p in model.parameters())]
-        found.append([(t.shape, t.dtype, t.stride()) for t in grads] + [(y.shape, y.dtype)])
+        found.append([(t.shape, t.dtype, strides_that_count(t)) for t in (*grads, y)])
     assert found[0] == found[1]
 
 
