@@ -7,6 +7,8 @@ from efficient_densenet import runner
 from efficient_densenet._extension import _C
 from reference import DEVICES
 
+THREADS = torch.get_num_threads()
+
 
 @pytest.fixture(params=DEVICES)
 def device(request):
@@ -20,6 +22,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def all_threads(one_thread):
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
