@@ -79,6 +79,8 @@ def move_running_statistics(
     rows: int,
 ) -> None:
     """:func:`update_running_statistics` of training norms, whose fields are lists."""
+    if not running_means:
+        return
     copies = _Copies()
     lists: tuple[list[Tensor], ...] = ([], [], [])
     used: list[int] = []

@@ -7,7 +7,10 @@ buffer of the same shape. What a layer normalises is scratch, recomputed in the 
 
 There is one formula (:mod:`efficient_densenet.dense_block_formulas`) and two doors to it: the
 autograd function of this module for eager mode, and the operators
-``torch.ops.efficient_densenet.dense_block`` and ``dense_block_backward`` for compilers.
+``torch.ops.efficient_densenet.dense_block`` and ``dense_block_backward`` for compilers. Eager mode
+does not take the operator because its step is slower: 19.8 ms instead of 16.8 for a DenseNet-BC-100
+with two images of 8 x 8 on one CPU thread, where the host's work dominates, and 6.7 ms instead of
+5.6 without gradients.
 """
 
 from __future__ import annotations
@@ -173,6 +176,7 @@ def run_dense_block(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str
     if spec.training_norms:
         check_more_than_one_value(x, spec.in_channels)
     check_transforms("dense_block", *inputs)
+    result: Tensor
     mask = None
     if spec.drop_rate > 0:
         draw = _ops.dropout_mask if torch.compiler.is_compiling() else dropout_mask

@@ -59,8 +59,10 @@ class BlockTensors(NamedTuple):
 
     def without_subclasses(self) -> BlockTensors:
         """The same memory as plain tensors."""
-        lists = [list(map(without_subclass, tensors)) for tensors in self[:-1]]
-        return BlockTensors(*lists, without_subclass(self.projection))
+        lists: list[Any] = [list(map(without_subclass, tensors)) for tensors in self[:7]]
+        weights, biases, means, variances, counts, conv1, conv2 = lists
+        projection = without_subclass(self.projection)
+        return BlockTensors(weights, biases, means, variances, counts, conv1, conv2, projection)
 
     def differentiable(self) -> list[Tensor | None]:
         """In the order in which gradients come back."""
@@ -149,11 +151,8 @@ def backward(
     if spec.has_reader:
         grad_result = _in_channels_last(grad_result, spec.dtype)
     grad_x = grad_projection = None
-    if needs.x:
-        channels = spec.projected_channels or spec.in_channels
-        grad_x = _new_channels_last((n, channels, *spatial), features)
-    if needs.projection:
-        grad_projection = features.new_empty((spec.in_channels, spec.projected_channels))
+    if needs.x or needs.projection:
+        grad_x = _new_channels_last((n, spec.in_channels, *spatial), features)
     packed1, packed2 = _pack_conv1(conv1, spec.dtype), _pack_conv2(conv2, spec.dtype)
     affine = saved.affine.contiguous()
     grad_affine = torch.empty_like(affine)
@@ -161,16 +160,32 @@ def backward(
     grad_conv1 = torch.empty_like(packed1, dtype=wide) if any(needs.conv1) else None
     count = sum(needs.conv2)
     grad_conv2 = torch.empty_like(packed2[:count]) if count else None
-    read = features if x is None else x  # without a projection nobody reads the input again
     with out_of_memory_as_torch_raises_it(features.device):
         _ops.dense_block_layers_backward(
-            grad_result, *_input(spec, read, projection), features,
-            _contiguous(saved.bottlenecks), saved.statistics.contiguous(), packed1, packed2,
-            affine, _contiguous(saved.frozen), *_settings(spec, features, mask), spec.has_reader,
-            grad_features, grad_x, grad_projection, grad_affine, grad_conv1, needs.conv1,
-            grad_conv2, needs.conv2,
+            grad_result, features, _contiguous(saved.bottlenecks), saved.statistics.contiguous(),
+            packed1, packed2, affine, _contiguous(saved.frozen),
+            *_settings(spec, features, mask), spec.has_reader, grad_features, grad_x, grad_affine,
+            grad_conv1, needs.conv1, grad_conv2, needs.conv2,
         )  # fmt: skip
+    if projection is not None and x is not None and grad_x is not None:
+        del grad_features  # the largest tensor of the backward pass
+        grad_x, grad_projection = _backward_projection(spec, grad_x, x, projection, needs)
     return Gradients(grad_x, grad_projection, grad_affine, grad_conv1, grad_conv2)
+
+
+def _backward_projection(
+    spec: BlockSpec, grad: Tensor, x: Tensor, projection: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of what the projection read and of its weight, from that of its result."""
+    x, weight = _input(spec, x, projection)
+    grad_x = _new_channels_last(x.shape, grad) if needs.x else None
+    grad_weight = None
+    if needs.projection:
+        grad_weight = grad.new_empty((spec.in_channels, spec.projected_channels))
+    _, products_match = precision_settings(x.device, spec.dtype)
+    with out_of_memory_as_torch_raises_it(x.device):
+        _ops.projection_backward(grad, x, weight, products_match, grad_x, grad_weight)
+    return grad_x, grad_weight
 
 
 def _input(spec: BlockSpec, x: Tensor, projection: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -51,9 +51,9 @@ torch.library.define(
     "efficient_densenet::dense_block_backward",
     "(Tensor grad_result, Tensor features, Tensor bottlenecks, Tensor statistics, Tensor affine, "
     "Tensor frozen, Tensor token, Tensor? dropout_mask, Tensor? x, Tensor? projection, "
-    "Tensor[] conv1, Tensor[] conv2, bool[] training, float[] eps, ScalarType dtype, float drop_rate, "
-    "bool keeps_bottlenecks, bool has_reader, int pool, int[] x_sizes, bool needs_x, "
-    "bool needs_projection, bool[] needs_conv1, bool[] needs_conv2) "
+    "Tensor[] conv1, Tensor[] conv2, bool[] training, float[] eps, ScalarType dtype, "
+    "float drop_rate, bool keeps_bottlenecks, bool has_reader, int pool, int[] x_sizes, "
+    "bool needs_x, bool needs_projection, bool[] needs_conv1, bool[] needs_conv2) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _NUM_LISTS = len(_LISTS)
@@ -113,7 +113,10 @@ def _from_operands(
         0 if projection is None else projection.size(1),
     )  # fmt: skip
     nones: list[Tensor | None] = [None] * count
-    return spec, BlockTensors(*columns, nones, list(conv1), list(conv2), projection)
+    weights, biases, means, variances = columns
+    return spec, BlockTensors(
+        weights, biases, means, variances, nones, list(conv1), list(conv2), projection
+    )
 
 
 def _recompute(keeps_bottlenecks: bool) -> str:
@@ -229,7 +232,8 @@ def _differentiate(ctx: Any, grad_result: Tensor | None, *others: Tensor | None)
         ctx.x_sizes, needs.x, needs.projection, needs.conv1, needs.conv2,
     )  # fmt: skip
     asked = needs.x, needs.projection, True, any(needs.conv1), any(needs.conv2)
-    gradients = Gradients(*(g if need else None for g, need in zip(outputs, asked, strict=True)))
+    found: list[Any] = [g if need else None for g, need in zip(outputs, asked, strict=True)]
+    gradients = Gradients(*found)
     dtype, drop_rate, keeps_bottlenecks, has_reader, pool = numbers
     spec = BlockSpec(
         dtype, [(weight.size(0), weight.size(1)) for weight in conv1], tuple(conv2[0].shape),

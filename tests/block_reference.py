@@ -19,15 +19,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficient_densenet import BatchNorm, DenseLayer, dense_block
-from reference import assert_error_rule, compare, in_format
+from reference import DTYPES, assert_error_rule, compare, in_format, kept_bytes, relative_error
 
 Context = Callable[[], AbstractContextManager]
 RECOMPUTE = ["bottleneck", "features"]
+SHAPES = [(4, 15), (3, 4, 6), (2, 3, 4, 5)]  # batch and spatial sizes
+TINY = [(3, 3), (2, 2, 2), (2, 1, 2, 2)]
+FEW = dict(num_layers=2, channels=2, growth_rate=1, bottleneck=3)
+BOTH = pytest.mark.parametrize("recompute", RECOMPUTE)
 
 # Options of the batch norm `norm` (1 or 2) of a layer; see `make_block_problem`.
 MODES: dict[str, Callable[[int, int], dict[str, Any]]] = {
@@ -35,6 +40,8 @@ MODES: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "evaluation": lambda layer, norm: dict(training=False),
     "mixed": lambda layer, norm: dict(training=(layer + norm) % 2 == 0),
 }
+
+MODIFIED = "modified by an inplace operation"
 
 
 def plain_batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
@@ -355,7 +362,7 @@ def shift_to_a_gap(z: Tensor, distance: float) -> Tensor:
 def make_reader(problem: BlockProblem, training: bool) -> BatchNorm:
     """A norm over all channels, without kinks."""
     exact = problem.to(torch.float64).fresh()
-    z = plain_dense_block(exact.x, exact.layers).detach()
+    z = plain_dense_block(exact.x, exact.layers, **exact.options()).detach()
     channels = torch.arange(z.size(1), device=z.device)
     ones = torch.ones_like(channels, dtype=torch.float64)
     norm = BatchNorm(0.1 * ones, 2 * ones, 1 + 0.1 * torch.sin(channels), 0 * ones, training)
@@ -407,3 +414,26 @@ def block_errors(
 
 def assert_block_matches(problem: BlockProblem, operator=dense_block, **kwargs: Any) -> None:
     assert_error_rule(block_errors(problem, operator, **kwargs), problem.x.dtype)
+
+
+def by_dtype(*dtypes):
+    return pytest.mark.parametrize("dtype", dtypes or DTYPES, ids=lambda t: str(t)[6:])
+
+
+def assert_same(ours, expected, bits=True, limit=1e-10):
+    """Equal dicts of tensors, to the bit or within a relative error."""
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        if bits:
+            assert torch.equal(ours[name], value), name
+        else:
+            assert ours[name].dtype == value.dtype, name
+            error = relative_error(ours[name], value)
+            assert error <= limit, f"{name}: error {error:.3g}"
+
+
+def kept_by(block, problem, **kwargs):
+    p, own = problem.fresh(), []
+    map_tensors(p.layers, lambda name, t: own.append(t))
+    own += p.options().values()
+    return kept_bytes(lambda: block(p.x, p.layers, p.drop_rate, **p.options(), **kwargs), own)

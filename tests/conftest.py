@@ -13,6 +13,7 @@ from reference import DEVICES
 processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if processes > 1:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(params=DEVICES)
@@ -27,6 +28,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def all_threads(one_thread):
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)

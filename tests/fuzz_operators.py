@@ -182,20 +182,31 @@ def dense_block_layers(case, dtype):
 
 def dense_block_layers_backward(case, dtype):
     arguments, has_reader, y = block_arguments(case, dtype)
-    r, features, projection = case.random, arguments["features"], arguments["projection"]
+    r, features = case.random, arguments["features"]
+    del arguments["x"], arguments["projection"]
     layers = arguments["conv2"].size(0)
     needs = [[r.randint(0, 1) for _ in range(layers)] for _ in range(2)]
     n, channels, *spatial = features.shape
     inputs = channels - layers * arguments["conv2"].size(1)
-    inputs = inputs if projection is None else projection.size(1)
-    grad_projection = None if projection is None else torch.empty_like(projection)
     return [
         y if has_reader else case.tensor(features.shape, r.choice(DTYPES)), *arguments.values(),
         has_reader, case.images(n, channels, spatial, wide(dtype)),
-        r.choice([None, case.images(n, inputs, spatial, dtype)]), r.choice([None, grad_projection]),
+        r.choice([None, case.images(n, inputs, spatial, dtype)]),
         torch.empty_like(arguments["affine"]),
         torch.empty_like(arguments["conv1"], dtype=wide(dtype)) if any(needs[0]) else None,
         needs[0], torch.empty_like(arguments["conv2"][: sum(needs[1])]), needs[1],
+    ]  # fmt: skip
+
+
+def projection_backward(case, dtype):
+    r, spatial = case.random, case.sizes()
+    n, outputs, inputs = r.randint(1, 3), r.randint(1, 5), r.randint(1, 5)
+    return [
+        case.images(n, outputs, spatial, dtype, r.choice([0, 2])),
+        case.images(n, inputs, spatial, dtype),
+        case.tensor((outputs, inputs, *[1] * len(spatial)), dtype), r.random() < 0.5,
+        r.choice([None, case.images(n, inputs, spatial, dtype)]),
+        r.choice([None, case.tensor((outputs, inputs), dtype)]),
     ]  # fmt: skip
 
 
@@ -208,6 +219,7 @@ SAMPLES = [
     update_running_statistics,
     dense_block_layers,
     dense_block_layers_backward,
+    projection_backward,
 ]
 
 

@@ -5,7 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import functional, grad
 
-from efficient_densenet import BatchNorm, SharedStorage, bn_relu_max_pool, concat_bn_relu
+from efficient_densenet import (
+    BatchNorm,
+    DenseBlock,
+    DenseLayer,
+    DenseNet,
+    SharedStorage,
+    bn_relu_max_pool,
+    concat_bn_relu,
+    convert,
+    dense_block,
+)
+from efficient_densenet.block_spec import Pool
+from efficient_densenet.dense_block import describe, run_dense_block
 
 TWICE = "cannot be differentiated twice; use plain modules"
 
@@ -23,7 +35,31 @@ def pooled(x, weight, bias, training=True):
     return bn_relu_max_pool(x, BatchNorm(*running, weight, bias, training))
 
 
-OPERATORS = pytest.mark.parametrize("operator", [concatenated, pooled])
+def block(x, weight, bias, training=True, **options):
+    """A dense block of one layer, with the given weight and bias in its first norm."""
+    x = torch.cat([x, x[:, :2] * 2], 1)
+    running = [(None, None) if training else (torch.zeros(n).to(x), torch.ones(n).to(x))
+               for n in (5, 4)]  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    conv1, conv2 = (
+        torch.randn(size, generator=generator).to(x) for size in ((4, 5, 1, 1), (2, 4, 3, 3))
+    )
+    norm1, norm2 = (
+        BatchNorm(*running[0], weight, bias, training), BatchNorm(*running[1], training=training)
+    )  # fmt: skip
+    layers, reader = [DenseLayer(norm1, conv1, norm2, conv2)], None
+    if not options:
+        return dense_block(x, layers)
+    if options.get("reads"):
+        reader = BatchNorm(None, None, training=True)
+    return run_dense_block(*describe(x, layers, reader=reader, pool=Pool.IMAGES), x)
+
+
+def block_and_reader(x, weight, bias, training=True):
+    return block(x, weight, bias, training, reads=True)
+
+
+OPERATORS = pytest.mark.parametrize("operator", [concatenated, pooled, block, block_and_reader])
 
 
 def inputs(device="cpu"):
@@ -133,7 +169,7 @@ def test_batched_gradients_are_refused(device, operator):
         functional.jacobian(lambda x: operator(x, weight, bias), x.detach(), vectorize=True)
 
 
-@OPERATORS
+@pytest.mark.parametrize("operator", [concatenated, pooled])
 def test_jacobian_row_by_row(operator):
     x, weight, bias = inputs()
     x = x[:2, :, :2, :2]
@@ -166,3 +202,43 @@ def test_functional_operators_refuse_too(device):
     (first,) = grad(y.square().sum(), [x], create_graph=True)
     with pytest.raises(RuntimeError, match=TWICE):
         grad(first.sum(), [x])
+
+
+def torchvision_network():
+    from torchvision.models import DenseNet as TorchvisionDenseNet
+
+    return convert(TorchvisionDenseNet(4, (2, 2), 8, num_classes=3), strict=True)
+
+
+MODELS = {
+    "block": (lambda: DenseBlock(2, 3, 4), (2, 3, 4, 4)),
+    "network": (
+        lambda: DenseNet(4, (2, 2), num_init_features=8, efficient=True), (2, 3, 8, 8)
+    ),
+    "converted": (torchvision_network, (2, 3, 40, 40)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["hvp", "vhp", "jvp", "hutchinson"])
+@pytest.mark.parametrize("model", MODELS)
+def test_models_refuse_second_derivatives(device, model, name, training):
+    make, shape = MODELS[model]
+    model = make().to(device).double().train(training)
+    x = torch.randn(shape, dtype=torch.float64, device=device)
+    with pytest.raises(RuntimeError, match=TWICE):
+        SECOND[name](lambda x: model(x).pow(3).sum(), [x])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_refuse_second_derivatives_by_parameters(device, model):
+    """Of each parameter's gradient, by each parameter alone."""
+    make, shape = MODELS[model]
+    model = make().to(device).double()
+    parameters = list(model.parameters())
+    y = model(torch.randn(shape, dtype=torch.float64, device=device))
+    gradients = grad(y.pow(3).sum(), parameters, create_graph=True)
+    for first in range(0, len(parameters) - 2, 3):
+        for second in range(0, len(parameters) - 2, 4):
+            with pytest.raises(RuntimeError, match=TWICE):
+                grad(gradients[first].sum(), parameters[second], retain_graph=True)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from monai.data import MetaTensor
 from torch import nn
 
 from block_reference import plain_batch_norm
 from efficient_densenet import (
     BatchNorm,
+    DenseBlock,
+    DenseLayer,
+    DenseNet,
     SharedStorage,
     bn_relu_max_pool,
     concat_bn_relu,
+    convert,
+    dense_block,
     recompute_in_backward,
 )
 
@@ -160,3 +168,106 @@ def test_wrong_arguments_are_named():
         concat_bn_relu(x, torch.zeros(3), torch.ones(3))
     with pytest.raises(TypeError, match="norm: expected a BatchNorm"):
         bn_relu_max_pool(x, None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks and networks
+
+
+def make_models():
+    torch.manual_seed(0)
+    block = DenseBlock(2, 8, 4)
+    yield "block", block, (2, 8, 6, 6)
+    yield "dropping block", DenseBlock(2, 8, 4, drop_rate=0.4), (2, 8, 6, 6)
+    yield "network", DenseNet(4, (2, 2), num_init_features=8, efficient=True), (2, 3, 16, 16)
+    yield "relu behind", nn.Sequential(DenseBlock(2, 8, 4), nn.ReLU()), (2, 8, 6, 6)
+
+
+MODELS = {name: (model, shape) for name, model, shape in make_models()}
+
+
+def step_of(model, x, needs_grad):
+    torch.manual_seed(1)
+    x = x.detach().requires_grad_(needs_grad)
+    y = model(x)
+    y.square().sum().backward()
+    return y, [p.grad for p in model.parameters()], x.grad, list(model.buffers())
+
+
+def without_fusion(model):
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if hasattr(module, "efficient"):
+            module.efficient = False
+    return plain
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", ["Sub", "Named", "MetaTensor"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, make, training, needs_grad):
+    model, shape = MODELS[name]
+    model = copy.deepcopy(model).train(training)
+    x = MAKE[make](torch.randn(shape))
+    ours, plain = (step_of(m, x, needs_grad) for m in (model, without_fusion(model)))
+    assert described(ours[0]) == described(plain[0])
+    leaves = (torch.utils._pytree.tree_leaves(step[1:]) for step in (ours, plain))
+    for found, expected in zip(*leaves, strict=True):
+        if expected is None:
+            assert found is None
+            continue
+        assert type(found) is type(expected)
+        torch.testing.assert_close(
+            torch.Tensor(found), torch.Tensor(expected), rtol=1e-3, atol=1e-3
+        )
+    with torch.no_grad():
+        ours, plain = model(x), without_fusion(model)(x)
+    assert described(ours) == described(plain)
+
+
+@pytest.mark.parametrize("make", ["Sub", "MetaTensor"])
+def test_converted_with_a_relu_in_place(make):
+    """torchvision applies one to what the features return."""
+    torch.manual_seed(0)
+    plain = torchvision.models.DenseNet(4, (2, 2), 8, num_classes=3)
+    model = convert(copy.deepcopy(plain))
+    x = MAKE[make](torch.randn(2, 3, 64, 64))
+    ours, expected = (step_of(m, x, True) for m in (model, plain))
+    assert described(ours[0]) == described(expected[0])
+    torch.testing.assert_close(
+        torch.Tensor(ours[0]), torch.Tensor(expected[0]), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_subclass_sees_the_block_as_one_function():
+    block, shape = MODELS["block"]
+    x = torch.randn(shape).as_subclass(Named)
+    layers = [
+        DenseLayer(BatchNorm(None, None, training=True), torch.randn(4, 8 + 2 * i, 1, 1),
+                   BatchNorm(None, None, training=True), torch.randn(2, 4, 3, 3))
+        for i in range(2)
+    ]  # fmt: skip
+    Named.seen.clear()
+    assert type(dense_block(x, layers)) is Named
+    assert Named.seen == [dense_block]
+
+
+@pytest.mark.parametrize("field", ["conv1", "conv2", "norm1.weight"])
+def test_a_weight_of_a_subclass(field):
+    weights = [torch.randn(4, 8, 1, 1), torch.randn(2, 4, 3, 3), torch.rand(8)]
+    x = torch.randn(2, 8, 5, 5)
+
+    def run_with(weights):
+        norm1 = BatchNorm(None, None, weights[2], training=True)
+        norm2 = BatchNorm(None, None, training=True)
+        return dense_block(x, [DenseLayer(norm1, weights[0], norm2, weights[1])])
+
+    expected = run_with(weights)
+    place = ["conv1", "conv2", "norm1.weight"].index(field)
+    weights[place] = weights[place].as_subclass(Sub).requires_grad_()
+    found = run_with(weights)
+    assert type(found) is Sub
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+    found.sum().backward()
+    assert weights[place].grad.shape == weights[place].shape

@@ -8,17 +8,7 @@ namespace efficient_densenet {
 void Block::check_gradients(const BlockGradients& gradients) {
   images_matrix("grad_features", gradients.features, channels_, parameter_type(element_));
   checks_.contiguous("grad_affine", gradients.affine, parameter_type(element_), {2, affine_count_});
-  const auto& projection = arguments_.projection;
-  if (gradients.x) {
-    const int64_t channels = projection ? projection->size(1) : channels_in_;
-    images_matrix("grad_x", *gradients.x, channels, dtype_);
-  }
-  checks_.check(projection || !gradients.projection,
-                "grad_projection: expected None where there is no projection");
-  if (projection && gradients.projection) {
-    checks_.contiguous("grad_projection", *gradients.projection, dtype_, projection->numel());
-  }
-  if (projection) check_x();
+  if (gradients.x) images_matrix("grad_x", *gradients.x, channels_in_, dtype_);
   check_conv_gradients(gradients);
 }
 
@@ -249,45 +239,6 @@ void Block::backward_layers(Backward& state, const BlockGradients& gradients) {
   aten::cat_out(state.grad_conv2, reinterpret(*gradients.conv2, 0, {needed, size}, {size, 1}));
 }
 
-// The gradients of what the projection read and of its weight.
-void Block::backward_projection(const TensorMatrix& grad_input, const BlockGradients& gradients) {
-  const Tensor& weight = *arguments_.projection;
-  const int64_t inputs = weight.size(1);
-  if (!path_.projection_multiplies) {
-    const auto found = aten::convolution_backward(
-        grad_input.as_images(images_, channels_in_, given_spatial()), arguments_.x, weight,
-        gradients.x.has_value(), gradients.projection.has_value());
-    if (gradients.x) aten::copy(*found.x, *gradients.x);
-    if (gradients.projection) {
-      aten::copy(reinterpret(torch::stable::contiguous(*found.weight), 0, {weight.numel()}, {1}),
-                 reinterpret(*gradients.projection, 0, {weight.numel()}, {1}));
-    }
-    return;
-  }
-  const Tensor grad = grad_input.as_matrix(rows_, channels_in_);
-  const Sizes sizes{channels_in_, inputs}, strides{inputs, 1};
-  if (gradients.x) {
-    const TensorMatrix grad_x = images_matrix("grad_x", *gradients.x, inputs, dtype_);
-    aten::mm_out(grad, reinterpret(weight, 0, sizes, strides), grad_x.as_matrix(rows_, inputs));
-  }
-  if (gradients.projection) {
-    aten::mm_out(transpose(grad), x_.as_matrix(rows_, inputs),
-                 reinterpret(*gradients.projection, 0, sizes, strides));
-  }
-}
-
-void Block::backward_input(Backward& state, const BlockGradients& gradients) {
-  if (!arguments_.projection) {
-    if (!gradients.x) return;
-    apply_bn_correction(state, 0, channels_in_,
-                        images_matrix("grad_x", *gradients.x, channels_in_, dtype_));
-    return;
-  }
-  if (!gradients.x && !gradients.projection) return;
-  const TensorMatrix grad_input = scratch(&grad_input_, rows_ * channels_in_, channels_in_);
-  backward_projection(apply_bn_correction(state, 0, channels_in_, grad_input), gradients);
-}
-
 Block::Backward Block::start_backward(const BlockGradients& gradients) {
   if (on_tensor_cores()) {
     if (!arguments_.z) pack_conv1(WeightLayout::kForward);
@@ -330,7 +281,9 @@ void Block::backward(const Tensor& grad_result, bool has_reader, const BlockGrad
   Backward state = start_backward(gradients);
   backward_result(state, grad_result, grad_y);
   backward_layers(state, gradients);
-  backward_input(state, gradients);
+  if (!gradients.x) return;
+  apply_bn_correction(state, 0, channels_in_,
+                      images_matrix("grad_x", *gradients.x, channels_in_, dtype_));
 }
 
 }  // namespace efficient_densenet

@@ -49,13 +49,13 @@ struct BlockArguments {
 
 // Where the backward pass writes; those without a value are not needed.
 struct BlockGradients {
-  Tensor features;                      // G, [N, C, *spatial], at least float32: scratch
-  std::optional<Tensor> x, projection;  // as these
-  Tensor affine;                        // as this
-  std::optional<Tensor> conv1;          // as this; wider than 16 bits
-  std::vector<int64_t> needs_conv1;     // of each layer
-  std::optional<Tensor> conv2;          // of the layers that need it, one after the other
-  std::vector<int64_t> needs_conv2;     // of each layer
+  Tensor features;                   // G, [N, C, *spatial], at least float32: scratch
+  std::optional<Tensor> x;           // of the first C_0 columns
+  Tensor affine;                     // as this
+  std::optional<Tensor> conv1;       // as this; wider than 16 bits
+  std::vector<int64_t> needs_conv1;  // of each layer
+  std::optional<Tensor> conv2;       // of the layers that need it, one after the other
+  std::vector<int64_t> needs_conv2;  // of each layer
 };
 
 class Block {
@@ -172,8 +172,6 @@ class Block {
   void backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
                       const std::optional<Tensor>& grad_conv2);
   void backward_layers(Backward& state, const BlockGradients& gradients);
-  void backward_input(Backward& state, const BlockGradients& gradients);
-  void backward_projection(const TensorMatrix& grad_input, const BlockGradients& gradients);
 
   aten::GradModeOff grad_mode_off_;
   const BlockArguments& arguments_;
@@ -192,7 +190,7 @@ class Block {
   bool uses_batch_statistics_ = false;  // in any norm
   int64_t affine_count_ = 0, frozen_count_ = 0;
   KernelPath path_;
-  std::optional<Tensor> a1_, a2_, z_, grad_z_, grad_new_, grad_input_, sums_;  // scratch
+  std::optional<Tensor> a1_, a2_, z_, grad_z_, grad_new_, sums_;  // scratch
   std::optional<Tensor> folded_;   // norm2 of each layer: scale, bias [2, L, B]
   PackedWeights packed_conv1_[2];  // by WeightLayout
   PackedWeights packed_conv2_[2];  // by whether it is for the gradient

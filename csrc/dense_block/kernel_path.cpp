@@ -46,10 +46,13 @@ bool conv2_grad_input_is_faster(const BlockShape& shape) {
 
 }  // namespace
 
+bool projection_multiplies(const PrecisionSettings& settings, Element element) {
+  return element != Element::kFloat || settings.products_match_convolutions;
+}
+
 KernelPath choose_kernel_path(const PrecisionSettings& settings, const BlockShape& shape) {
   KernelPath path{};
-  path.projection_multiplies =
-      shape.element != Element::kFloat || settings.products_match_convolutions;
+  path.projection_multiplies = projection_multiplies(settings, shape.element);
   path.why_not_conv1 = why_not_conv1(settings, shape);
   if (path.why_not_conv1.empty()) {
     path.conv1 = Conv1x1::kTensorCores;

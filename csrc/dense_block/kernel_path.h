@@ -39,6 +39,9 @@ struct KernelPath {
   std::string why_not_conv1, why_not_conv2;
 };
 
+// Whether a 1x1 convolution may be a matrix product.
+bool projection_multiplies(const PrecisionSettings& settings, Element element);
+
 KernelPath choose_kernel_path(const PrecisionSettings& settings, const BlockShape& shape);
 
 }  // namespace efficient_densenet
