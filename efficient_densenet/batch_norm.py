@@ -81,16 +81,11 @@ def move_running_statistics(
     """:func:`update_running_statistics` of training norms, whose fields are lists."""
     if not running_means:
         return
-    copies = _Copies()
-    lists: tuple[list[Tensor], ...] = ([], [], [])
-    used: list[int] = []
-    for i, tracked in enumerate(zip(running_means, running_vars, batch_counts, strict=True)):
-        if all(buffer is None for buffer in tracked):
-            continue
-        used.append(i)
-        for to, buffer in zip(lists, tracked, strict=True):
-            to.append(copies.contiguous(buffer, mean))
+    tracked = list(zip(running_means, running_vars, batch_counts, strict=True))
+    used = [i for i, (m, v, n) in enumerate(tracked) if not (m is None and v is None and n is None)]
     if used:
+        copies = _Copies()
+        lists = [[copies.contiguous(tracked[i][field], mean) for i in used] for field in range(3)]
         torch.ops.efficient_densenet.update_running_statistics(
             mean, var, rows, [begins[i] for i in used], *lists,
             [momenta[i] or 0.0 for i in used], [momenta[i] is None for i in used],
