@@ -78,7 +78,9 @@ def draw(p, spec, tensors):
 
 
 CALLS = [(options, None, False) for options in OPTIONS]
-CALLS += [("default", pool, False) for pool in Pool] + [("mixed", Pool.WINDOWS, True)]
+CALLS += [("default", pool, False) for pool in (Pool.NONE, Pool.WINDOWS, Pool.IMAGES)] + [
+    ("mixed", Pool.WINDOWS, True)
+]
 CALLS += [("float16", Pool.IMAGES, True), ("default", None, True), ("evaluation", Pool.NONE, True)]
 
 
