@@ -103,7 +103,9 @@ def _copy(module: nn.Module, tensors: _Tensors, dims: int, without: str | None =
 
 
 def _class_alone(kind: Any, dims: int) -> Any:
-    """A module's class as it is in one process: neither sharded, nor with synchronised norms."""
+    """A module's class as it is in one process: neither converted, sharded nor synchronised."""
+    if "original" in vars(kind):  # a copy of a converted module is tried out again
+        kind = kind.original
     if kind.__bases__[0].__name__ == "FSDPModule":
         kind = kind.__bases__[1]
     if kind is nn.SyncBatchNorm:

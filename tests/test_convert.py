@@ -706,3 +706,17 @@ def test_explain_our_own():
     plain = explain(DenseNet(4, (2, 2)), torch.randn(2, 3, 16, 16))
     assert {report.path for report in plain} == {"plain modules: efficient=False"}
     assert efficient_densenet.explain is explain
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm", "MONAI 2-d"])
+def test_copies_run_fused(name, specs):
+    """They are tried out anew, once, when they first run."""
+    model, x = convert(build(name)), images(name)
+    specs.clear()
+    model(x)
+    expected = [(spec.pool, spec.projected_channels) for spec in specs]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied(x)
+        specs.clear()
+        copied(x)
+        assert [(spec.pool, spec.projected_channels) for spec in specs] == expected
