@@ -38,13 +38,17 @@ def code_of(kind: type) -> tuple[types.FunctionType, ...]:
     )
 
 
+# Modes and dropout are looked at elsewhere; the last is our own.
+_NOT_NUMBERS = ("training", "drop_rate", "_efficient_densenet")
+
+
 def numbers_of(module: nn.Module) -> dict[str, object]:
     """The attributes that the code of a module may read, besides its parts, mode and dropout."""
     kinds = (bool, int, float, str, tuple, type(None))
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, kinds) and name not in ("training", "drop_rate")
+        if isinstance(value, kinds) and name not in _NOT_NUMBERS
     }
 
 
