@@ -313,7 +313,7 @@ def test_arguments_of_the_operators():
         "conv2": dict(conv2=p.conv2[..., 1:]),
         "the 3x3 convolution has 72 outputs": dict(conv2=p.conv2.repeat(6, 1, 1, 1)),
         "height, width": dict(height=5),
-        "y: expected a matrix": dict(y=y[1:]),
+        "y: expected the sizes": dict(y=y[1:]),
         "moments": dict(moments=torch.empty(2, 11, dtype=torch.float64, device="cuda")),
         "more shared memory than there is": dict(height=1, width=100_000),
     }

@@ -394,8 +394,6 @@ def check_error_rule(x, layers, places=slice(None)):
     theirs = run_block(plain_block, x, layers, grad)
     ours = run_block(dense_block, x, layers, grad)
     for own, their, right in zip(ours[places], theirs[places], exact[places], strict=True):
-        if relative_error(their, right) > 1:
-            pytest.skip("this torch computes something else")
         limit = 2 * relative_error(their, right) + 4 * EPS[x.dtype]
         assert relative_error(own, right) <= limit
 
@@ -406,6 +404,8 @@ def check_error_rule(x, layers, places=slice(None)):
 @pytest.mark.parametrize(("bottleneck", "growth"), [(1, 2), (1, 1), (3, 1), (4, 4)])
 def test_convolutions_of_small_volumes(device, dtype, kernel, sizes, bottleneck, growth):
     """torch's own conv3d is wrong in bfloat16 on the CPU, with the strides that a block has."""
+    if device == "cpu" and dtype == torch.bfloat16 and torch.__version__.startswith("2.11."):
+        pytest.skip("this torch leaves results of contiguous volumes unwritten as well")
     x = torch.randn(2, 8, *sizes).to(device, dtype)
     frozen = [(False, False)] * 2
     layers = layers_of(8, growth, bottleneck, [kernel] * 3, frozen, dtype, device)
