@@ -103,7 +103,7 @@ def _without_negative_bit(name: str) -> Callable[..., None]:
     return resolve
 
 
-_negative = torch.library.Library(__package__, "IMPL")
+_negative: Any = torch.library.Library(__package__, "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",

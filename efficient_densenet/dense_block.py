@@ -179,10 +179,12 @@ def run_dense_block(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str
     result: Tensor
     mask = None
     if spec.drop_rate > 0:
-        draw = _ops.dropout_mask if torch.compiler.is_compiling() else dropout_mask
-        mask = draw(
-            x, tensors.conv1, tensors.conv2, spec.dtype, spec.drop_rate, spec.drops_channels
-        )
+        settings = spec.dtype, spec.drop_rate, spec.drops_channels
+        if torch.compiler.is_compiling():
+            salt = torch.empty(0, device=x.device)
+            mask = _ops.dropout_mask(x, tensors.conv1, tensors.conv2, *settings, salt)
+        else:
+            mask = dropout_mask(x, tensors.conv1, tensors.conv2, *settings)
     if torch.compiler.is_compiling():
         result, _, _, statistics, *_ = _ops.dense_block(*operands(spec, tensors, x, mask))
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

@@ -17,7 +17,7 @@ from .layout import dense_strides, plain_formats
 torch.library.define(
     "efficient_densenet::dropout_mask",
     "(Tensor x, Tensor[] conv1, Tensor[] conv2, ScalarType dtype, float drop_rate, "
-    "bool drops_channels) -> Tensor",
+    "bool drops_channels, Tensor? salt=None) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
@@ -29,6 +29,7 @@ def dropout_mask(
     dtype: torch.dtype,
     drop_rate: float,
     drops_channels: bool,
+    salt: Tensor | None = None,
 ) -> Tensor:
     """Where dropout keeps the new features of each layer: bool ``[L, N, *spatial, k]``.
 
@@ -38,6 +39,8 @@ def dropout_mask(
         dtype: that the block computes in.
         drop_rate: probability of dropout, in ``(0, 1)``.
         drops_channels: whole channels of an image, as ``nn.Dropout2d`` and ``nn.Dropout3d`` do.
+        salt: a tensor made for this call, which is not read. Compilers before torch 2.14 merge
+            calls with the same arguments, whatever the operator's tags say.
     """
     n, _, *spatial = x.shape
     growth = conv2[0].size(0)

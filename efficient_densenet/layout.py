@@ -43,7 +43,8 @@ def with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     sizes = tensor.shape
     fits = all(n == 1 or a == b for n, a, b in zip(sizes, tensor.stride(), strides, strict=True))
     if fits:
-        return tensor.as_strided(sizes, strides)
+        # The compiler of torch 2.11 takes an offset that is not given for 0.
+        return tensor.as_strided(sizes, strides, tensor.storage_offset())
     overlaps = any(n > 1 and stride == 0 for n, stride in zip(sizes, strides, strict=True))
     if overlaps:  # an expanded parameter
         return tensor.contiguous()
