@@ -315,7 +315,7 @@ def test_arguments_of_the_operators():
         "height, width": dict(height=5),
         "y: expected the sizes": dict(y=y[1:]),
         "moments": dict(moments=torch.empty(2, 11, dtype=torch.float64, device="cuda")),
-        "more shared memory than there is": dict(height=1, width=100_000),
+        "more shared memory than there is|height, width": dict(height=1, width=100_000),
     }
     right = dict(z=p.z, mean=p.mean, var=p.var, weight=p.weight, bias=p.bias, eps=BN_EPS)
     right |= dict(conv2=p.conv2, height=4, width=4, y=y, moments=None)
