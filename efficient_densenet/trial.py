@@ -38,8 +38,8 @@ def code_of(kind: type) -> tuple[types.FunctionType, ...]:
     )
 
 
-# Modes and dropout are looked at elsewhere; the last is our own.
-_NOT_NUMBERS = ("training", "drop_rate", "_efficient_densenet")
+# Modes and dropout are looked at elsewhere; the others are not for the code to read.
+_NOT_NUMBERS = ("training", "drop_rate", "_efficient_densenet", "_is_replica")
 
 
 def numbers_of(module: nn.Module) -> dict[str, object]:
