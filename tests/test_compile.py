@@ -162,9 +162,8 @@ def test_only_the_result_is_differentiable(device):
 
 
 def torchvision_network():
-    from torchvision.models import DenseNet as TorchvisionDenseNet
-
-    return convert(TorchvisionDenseNet(4, (2, 3), 8, num_classes=5), strict=True)
+    models = pytest.importorskip("torchvision.models")
+    return convert(models.DenseNet(4, (2, 3), 8, num_classes=5), strict=True)
 
 
 NETWORKS = {

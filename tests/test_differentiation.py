@@ -205,7 +205,7 @@ def test_functional_operators_refuse_too(device):
 
 
 def torchvision_network():
-    from torchvision.models import DenseNet as TorchvisionDenseNet
+    TorchvisionDenseNet = pytest.importorskip("torchvision.models").DenseNet
 
     return convert(TorchvisionDenseNet(4, (2, 2), 8, num_classes=3), strict=True)
 

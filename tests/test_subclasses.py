@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from monai.data import MetaTensor
 from torch import nn
 
 from block_reference import plain_batch_norm
@@ -24,6 +22,9 @@ from efficient_densenet import (
     dense_block,
     recompute_in_backward,
 )
+
+torchvision = pytest.importorskip("torchvision")
+MetaTensor = pytest.importorskip("monai.data").MetaTensor
 
 
 class Sub(torch.Tensor):
