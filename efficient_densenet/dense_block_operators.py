@@ -78,6 +78,26 @@ def operands(
     )  # fmt: skip
 
 
+def _spec(
+    conv1: Sequence[Tensor],
+    conv2: Sequence[Tensor],
+    projection: Tensor | None,
+    training: Sequence[bool],
+    eps: Sequence[float],
+    dtype: torch.dtype,
+    drop_rate: float,
+    keeps_bottlenecks: bool,
+    has_reader: bool,
+    pool: int,
+) -> BlockSpec:
+    """The block that the operators compute: momenta and the kind of dropout are not theirs."""
+    return BlockSpec(
+        dtype, [(weight.size(0), weight.size(1)) for weight in conv1], tuple(conv2[0].shape),
+        training, eps, [0.0] * len(eps), drop_rate, False, keeps_bottlenecks, has_reader, pool,
+        0 if projection is None else projection.size(1),
+    )  # fmt: skip
+
+
 def _from_operands(
     x: Tensor, projection: Tensor | None, lists: Sequence[Sequence[Tensor]], flags: _Flags
 ) -> tuple[BlockSpec, BlockTensors]:
@@ -107,11 +127,7 @@ def _from_operands(
         x, [DenseLayer(*layer) for layer in layers], drop_rate, _recompute(keeps_bottlenecks),
         norms[-1] if has_reader else None, projection, dtype,
     )  # fmt: skip
-    spec = BlockSpec(
-        dtype, [(weight.size(0), weight.size(1)) for weight in conv1], tuple(conv2[0].shape),
-        training, eps, [0.0] * count, drop_rate, False, keeps_bottlenecks, has_reader, pool,
-        0 if projection is None else projection.size(1),
-    )  # fmt: skip
+    spec = _spec(conv1, conv2, projection, *flags[2:])
     nones: list[Tensor | None] = [None] * count
     weights, biases, means, variances = columns
     return spec, BlockTensors(
@@ -175,11 +191,8 @@ def _dense_block_backward_operator(
     needs_conv1: Sequence[bool],
     needs_conv2: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    spec = BlockSpec(
-        dtype, [(weight.size(0), weight.size(1)) for weight in conv1], tuple(conv2[0].shape),
-        training, eps, [0.0] * len(eps), drop_rate, False, keeps_bottlenecks, has_reader, pool,
-        0 if projection is None else projection.size(1),
-    )  # fmt: skip
+    numbers = dtype, drop_rate, keeps_bottlenecks, has_reader, pool
+    spec = _spec(conv1, conv2, projection, training, eps, *numbers)
     needs = Needs(needs_x, needs_projection, [], list(needs_conv1), list(needs_conv2))
     if count_rows(x_sizes) == 0:
         return tuple(_filled(features, zero_gradients(spec, torch.Size(x_sizes), features, needs)))
@@ -234,11 +247,7 @@ def _differentiate(ctx: Any, grad_result: Tensor | None, *others: Tensor | None)
     asked = needs.x, needs.projection, True, any(needs.conv1), any(needs.conv2)
     found: list[Any] = [g if need else None for g, need in zip(outputs, asked, strict=True)]
     gradients = Gradients(*found)
-    dtype, drop_rate, keeps_bottlenecks, has_reader, pool = numbers
-    spec = BlockSpec(
-        dtype, [(weight.size(0), weight.size(1)) for weight in conv1], tuple(conv2[0].shape),
-        training, eps, [0.0] * len(eps), drop_rate, False, keeps_bottlenecks, has_reader, pool,
-    )  # fmt: skip
+    spec = _spec(conv1, conv2, projection, training, eps, *numbers)
     results = input_gradients(spec, ctx.parameters, gradients, needs, ctx.x_dtype, projection)
     grad_x, grad_projection, *parameters = results
     norms = len(eps)
