@@ -117,7 +117,9 @@ def concat_bn_relu(
     differentiable = any(x is not None and x.requires_grad for x in (weight, bias, *features))
     # Where nothing here needs a gradient, the consumer's weight may, and then the result has to be
     # recomputed: an input that does need one makes autograd keep what that takes.
-    anchor = None if differentiable else torch.empty(0, requires_grad=True)
+    anchor = None
+    if not differentiable:
+        anchor = torch.empty(0, device=features[0].device, requires_grad=True)
     result = _ConcatBNReLU.apply(settings, norm, anchor, weight, bias, *features)
     y = result if differentiable else result.detach()
     set_origin(y, result)

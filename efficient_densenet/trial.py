@@ -8,11 +8,13 @@ statistics have to agree, in training and in evaluation, with dropout and withou
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,24 @@ _TOLERANCE = 1e-8
 _DROP_RATE = 0.25
 _PIXELS = 3  # in each spatial dimension
 _OWN_PLACES = ("torch", "builtins", __package__)
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _in_a_new_thread(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Calls a function where nothing is set that changes what code computes.
+
+    The caller's default device, dispatch modes, autocast and inference mode are its thread's.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with ThreadPoolExecutor(1) as threads:
+            return threads.submit(function, *args, **kwargs).result()
+
+    return call
 
 
 def code_of(kind: type) -> tuple[types.FunctionType, ...]:
@@ -135,6 +155,7 @@ class Trial(NamedTuple):
     why_with_dropout: str | None
 
 
+@_in_a_new_thread
 def try_block(block: nn.Module, library: Library, convert: Callable[[nn.Module], None]) -> Trial:
     """Compares a block with what it would be converted.
 
@@ -190,7 +211,7 @@ def _run(block: Any, x: Tensor) -> dict[str, Tensor]:
     """Result, gradients and buffers of a block."""
     x = x.clone().requires_grad_()
     names, parameters = zip(*block.named_parameters(), strict=True)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         y = block(x)
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
@@ -246,6 +267,7 @@ def head_has_hooks(model: nn.Module) -> bool:
     return any(has_hooks(module) or "forward" in vars(module) for module in between)
 
 
+@_in_a_new_thread
 def head_averages(model: Any) -> bool:
     """Whether a model reads of its features only ``relu(features)`` averaged over each image.
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efficient_densenet import convert, explain
-from test_convert import build, images, library, timm, torchvision
+from test_convert import MODELS, build, images, library, timm, torchvision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -331,3 +332,44 @@ def test_a_changed_head(when, monkeypatch):
     if when == "before":
         convert(model)
     torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autograd.set_detect_anomaly(True),
+        lambda: torch.random.fork_rng(),
+        torch.inference_mode,
+        torch.no_grad,
+        torch.autograd.forward_ad.dual_level,
+        FakeTensorMode,
+    ],
+    ids=["meta", "autocast", "anomaly", "rng", "inference", "no_grad", "forward_ad", "fake"],
+)
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_what_is_set_around_a_conversion_does_not_reach_the_trial(name, setting):
+    model, state = build(name), torch.get_rng_state()
+    with setting():
+        convert(model, strict=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_reach_the_trial(name, dtype):
+    model, before = build(name), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        convert(model, strict=True)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_model_that_is_made_without_memory_is_converted_there():
+    with torch.device("meta"):
+        model = convert(MODELS["torchvision"](), strict=True)
+    model.to_empty(device="cpu").load_state_dict(build("torchvision").state_dict())
+    x = images("torchvision")
+    torch.testing.assert_close(model.double().eval()(x), build("torchvision").eval()(x))

@@ -250,3 +250,17 @@ def test_an_image_without_a_batch_is_named():
     p = make_block_problem()
     with pytest.raises(ValueError, match="x: expected .* 2 spatial dimensions"):
         dense_block(p.x[0], p.layers)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_default_device_is_not_read(compiled, training):
+    """What the operators make for themselves lies beside their input."""
+    network = DenseNet(4, (2, 2), num_init_features=8, num_classes=3, drop_rate=0.2).train(training)
+    run = torch.compile(network, backend="aot_eager") if compiled else network
+    x = torch.randn(2, 3, 16, 16)
+    with torch.device("meta"):
+        y = run(x)
+        y.backward(torch.ones(y.shape, device="cpu"))
+    assert y.device == x.device and y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
