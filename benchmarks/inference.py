@@ -10,16 +10,20 @@ images. Each row runs in a process of its own (unless --one-process) and is
     ours                   DenseNet(efficient=True), channels last
     plain                  DenseNet(efficient=False), contiguous
     plain-channels-last    the same, channels last
-    compile                torch.compile of plain-channels-last, in its default mode
     torchvision-converted  torchvision's DenseNet after efficient_densenet.convert, channels last
+
+or one of these with the name of how it is called behind it, see train_step.py: -compiled,
+-cudagraphs or -max-autotune,
 
 on the same weights, running statistics and images. A row is timed only if its logits are those of
 plain to the rounding of its precision.
 
 Measured per row and batch:
     ms              wall-clock time of a call from Python, to the end of its GPU work
-    graph ms        the same of the call replayed from a CUDA graph
+    host ms         median time until the host has launched a call on an idle GPU
+    graph ms        the same as ms of the call replayed from a CUDA graph
     activations GB  peak memory of a call above the weights and the images (1 GB = 1e9 bytes)
+    warm-up s       time of the first call and of those before the timed ones, compilation included
 
 Precisions are those of train_step.py. A second table has how many times faster a row is than the
 faster one of the two plain rows, called from Python and replayed.
@@ -55,13 +59,18 @@ from common import (
     positive,
 )
 from rows import (
+    BUDGET,
+    COMPILED,
     Job,
     JobRow,
     add_job_options,
     checked_step,
+    compiled,
     graph_times,
+    host_times_ms,
     measure_each,
     model_and_images,
+    model_and_way,
     parse_job_options,
     times_ms,
     write_rows,
@@ -69,8 +78,14 @@ from rows import (
 from train_step import MODELS
 
 PLAIN = {"plain": torch.contiguous_format, "plain-channels-last": torch.channels_last}
-ROWS = ["ours", *PLAIN, "compile", "torchvision-converted"]
-PUBLISHED_ROWS = ROWS[:-1]
+EVALUATED = ["ours", *PLAIN, "torchvision-converted"]
+WAYS = [way for way in COMPILED if way != BUDGET]
+ROWS = [model + way for model in EVALUATED for way in ("", *WAYS)]
+PUBLISHED_ROWS = [
+    *EVALUATED,
+    *("ours-compiled", "torchvision-converted-compiled", "plain-channels-last-compiled"),
+    "plain-channels-last-max-autotune",
+]
 
 
 @dataclasses.dataclass
@@ -78,9 +93,11 @@ class Row(JobRow):
     logits_error: float | None = None
     ms: float | None = None
     ms_min: float | None = None
+    host_ms: float | None = None
     graph_ms: float | None = None
     graph_ms_min: float | None = None
     activation_bytes: int | None = None
+    warmup_s: float | None = None
     note: str = ""
 
 
@@ -97,31 +114,35 @@ def settle(model: nn.Module, sizes: tuple[int, ...]) -> None:
 
 
 def inference(job: Job, row: str) -> Forward:
+    name, way = model_and_way(row)
     precision = dataclasses.replace(
-        PRECISIONS[job.precision], memory_format=PLAIN.get(row, torch.channels_last)
+        PRECISIONS[job.precision], memory_format=PLAIN.get(name, torch.channels_last)
     )
 
     def build(**settings) -> nn.Module:
-        model = MODELS["plain" if row in (*PLAIN, "compile") else row](**settings)
+        model = MODELS["plain" if name in PLAIN else name](**settings)
         settle(model, NETWORKS[job.config].sizes)  # in float32, so it is the same for all rows
-        model.eval()
-        return torch.compile(model) if row == "compile" else model
+        return compiled(model.eval(), way)
 
     return Forward(*model_and_images(job, build, precision), precision.autocast)
 
 
 def measurements(job: Job) -> dict:
     """Fields of `Row`."""
-    step, error = checked_step(job, inference)
-    on_gpu = job.device == "cuda"
-    activation_bytes = peak_activation_bytes(step) if on_gpu else None
+    warm = checked_step(job, inference)
+    step = warm.step
+    # The memory of graphs is allocated before a call, and they cannot be part of another graph.
+    launched_one_by_one = job.device == "cuda" and not model_and_way(job.row)[1]
+    activation_bytes = peak_activation_bytes(step) if launched_one_by_one else None
     times = times_ms(step, job.steps)
     return {
-        "logits_error": error,
+        "logits_error": warm.logits_error,
         "ms": statistics.median(times),
         "ms_min": min(times),
+        "host_ms": statistics.median(host_times_ms(step, job.steps)),
         "activation_bytes": activation_bytes,
-        **(graph_times(step, job.steps) if on_gpu else {}),
+        "warmup_s": warm.warmup_s,
+        **(graph_times(step, job.steps) if launched_one_by_one else {}),
     }
 
 
@@ -133,13 +154,15 @@ def measure(job: Job) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    columns = ["network", "precision", "batch", "row", "ms", "min", "graph ms", "min"]
-    columns += ["activations GB", "note"]
+    columns = ["network", "precision", "batch", "row", "ms", "min", "host ms", "graph ms", "min"]
+    columns += ["activations GB", "warm-up s", "note"]
     cells = [
         [
             *(row.config, row.precision, str(row.batch), row.row),
-            *map(milliseconds, (row.ms, row.ms_min, row.graph_ms, row.graph_ms_min)),
+            *map(milliseconds, (row.ms, row.ms_min, row.host_ms)),
+            *map(milliseconds, (row.graph_ms, row.graph_ms_min)),
             gigabytes(row.activation_bytes),
+            "-" if row.warmup_s is None else f"{row.warmup_s:.1f}",
             row.note.replace("|", "\\|"),
         ]
         for row in rows
@@ -218,7 +241,8 @@ def main(arguments: list[str]) -> int:
         title = "Evaluation under no_grad"
         text = write_rows(options.out / "inference", title, tables(rows), source, options, rows)
     print(text)
-    return int(any(row.ms is None for row in rows if row.row in ("ours", "torchvision-converted")))
+    ours = ("ours", "torchvision-converted")
+    return int(any(row.ms is None for row in rows if model_and_way(row.row)[0] in ours))
 
 
 if __name__ == "__main__":

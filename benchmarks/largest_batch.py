@@ -116,7 +116,7 @@ class Row:
 def attempt(job: Attempt) -> Trial:
     release_memory()
     try:
-        step = checked_step(job, train_step)[0] if job.checks else warm_step(job, train_step)
+        step = checked_step(job, train_step).step if job.checks else warm_step(job, train_step)
         torch.cuda.reset_peak_memory_stats()
         step_ms = statistics.median(times_ms(step, job.steps))
     except Exception as error:  # what torch and its libraries raise without memory varies

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from typing_extensions import Self
 
 from common import (
@@ -32,6 +33,36 @@ from common import (
     set_tf32,
     write,
 )
+
+# How a model is called, where not from Python as it is: the name of such a row ends with this.
+GRAPHED = "-graphed"
+BUDGET = "-compiled-budget"
+COMPILED: dict[str, dict[str, str]] = {
+    "-compiled": {"mode": "reduce-overhead"},
+    BUDGET: {"mode": "reduce-overhead"},
+    "-cudagraphs": {"backend": "cudagraphs"},
+    "-max-autotune": {"mode": "max-autotune"},
+}
+ACTIVATION_MEMORY_BUDGET = 0.2  # of what plain autograd keeps
+
+
+def model_and_way(row: str) -> tuple[str, str]:
+    """The names of a row's model and of how it is called."""
+    way = max((way for way in (*COMPILED, GRAPHED) if row.endswith(way)), key=len, default="")
+    return row.removesuffix(way), way
+
+
+def compiled(model: nn.Module, way: str) -> nn.Module:
+    """The model as torch.compile makes it: itself where the way is another."""
+    if way not in COMPILED:
+        return model
+    import torch._functorch.config  # compilers are slow to import
+
+    torch._dynamo.reset()
+    budget = ACTIVATION_MEMORY_BUDGET if way == BUDGET else 1.0
+    torch._functorch.config.activation_memory_budget = budget
+    model.compile(**COMPILED[way])
+    return model
 
 
 class NotTimed(Exception):
@@ -142,8 +173,17 @@ def model_and_images(
     return model, images.contiguous(memory_format=memory_format)
 
 
-def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> tuple[Forward, float]:
-    """A warm step, and the relative error of its first logits; `build` makes the step of a row.
+@dataclasses.dataclass
+class WarmStep:
+    """A step that has run, the relative error of its first logits, and how long warming up took."""
+
+    step: Forward
+    logits_error: float
+    warmup_s: float
+
+
+def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> WarmStep:
+    """`build` makes the step of a row.
 
     Raises:
         NotTimed: the error is over the tolerance of the precision.
@@ -154,6 +194,7 @@ def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> tuple[Forwar
         expected = build(job, "plain").forward()
     release_memory()  # plain's is not to count as reserved
     step = build(job, job.row)
+    begin = time.perf_counter()
     error = relative_error(step(), expected)
     if not error <= tolerance:
         raise NotTimed(
@@ -161,7 +202,8 @@ def checked_step(job: Job, build: Callable[[Job, str], Forward]) -> tuple[Forwar
         )
     for _ in range(job.warmup):
         step()
-    return step, error
+    _synchronise()
+    return WarmStep(step, error, time.perf_counter() - begin)
 
 
 def release_memory() -> None:
@@ -186,15 +228,45 @@ def _configure(job: Job) -> None:
 
 def times_ms(function: Callable[[], object], count: int) -> list[float]:
     """Wall-clock times from the first launch to the end of the GPU's work, in order."""
-    synchronise = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     times = []
     for _ in range(count):
-        synchronise()
+        _synchronise()
         begin = time.perf_counter()
         function()
-        synchronise()
+        _synchronise()
         times.append(1e3 * (time.perf_counter() - begin))
     return times
+
+
+def host_times_ms(function: Callable[[], object], count: int) -> list[float]:
+    """Times until a call returns, each begun on an idle GPU."""
+    times = []
+    for _ in range(count):
+        _synchronise()
+        begin = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def launched(function: Callable[[], object], count: int) -> list[Any]:
+    """Kernels, copies and fills of so many calls on the GPU, a line of the profiler per name."""
+    # Without the CPU's events, which would slow the launches down.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(count):
+            function()
+        torch.cuda.synchronize()
+    return [
+        event
+        for event in profiler.key_averages()
+        # Annotations such as the optimizer's span kernels that are listed themselves.
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
 
 
 def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -15,9 +15,15 @@ one random batch. Each row runs in a process of its own (unless --one-process) a
                    torchvision-converted by efficient_densenet.convert
     timm           timm's DenseNet; timm-me and timm-converted likewise
     monai          MONAI's DenseNet, in 2 or 3 dimensions; monai-converted likewise
-    compile        torch.compile of plain; compile-budget with activation_memory_budget=0.2
-    ours-graphed   ours after torch.cuda.make_graphed_callables: forward and backward are launched
-                   as one CUDA graph each, the rest from Python; plain-graphed likewise
+
+or one of these with another name behind it, which says how the model is called:
+
+    -compiled         by torch.compile(mode="reduce-overhead"); -compiled-budget the same with an
+                      activation_memory_budget of 0.2
+    -cudagraphs       by torch.compile(backend="cudagraphs")
+    -max-autotune     by torch.compile(mode="max-autotune")
+    -graphed          after torch.cuda.make_graphed_callables: forward and backward are launched as
+                      one CUDA graph each, the rest from Python
 
 on the same weights and images. For 32x32 images, the stem of torchvision and timm is replaced by
 the one of plain. A row is timed only if the logits of its first step are those of plain to the
@@ -25,10 +31,14 @@ rounding of its precision. (The loss says less: it moves by 0.3 % where one ReLU
 
 Measured per row:
     step ms         wall-clock time of a step launched from Python, to the end of its GPU work
+    host ms         median time until the host has launched a step on an idle GPU (it waits where
+                    the GPU is far behind)
+    launches        kernels, copies and fills of a step, counted by the profiler
     graph ms        the same of the whole step replayed from a CUDA graph
     activations GB  peak memory of a step above what is allocated before it, when parameters,
                     optimizer state and inputs exist and gradients are None (1 GB = 1e9 bytes)
     reserved GB     all that torch's allocator holds after the timed steps
+    warm-up s       time of the first step and of those before the timed ones, compilation included
 
 Precisions: fp32 has TF32 off and tf32 has it on, for convolutions and matrix products; bf16 and
 fp16 convert model and images, in channels last; bf16-autocast and fp16-autocast leave both in
@@ -49,12 +59,10 @@ import re
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 
 import efficient_densenet
 from common import (
@@ -72,14 +80,21 @@ from common import (
     positive,
 )
 from rows import (
+    BUDGET,
+    COMPILED,
+    GRAPHED,
     Job,
     JobRow,
     NotTimed,
     add_job_options,
     checked_step,
+    compiled,
     graph_times,
+    host_times_ms,
+    launched,
     measure_each,
     model_and_images,
+    model_and_way,
     parse_job_options,
     times_ms,
     write_rows,
@@ -89,11 +104,14 @@ PROFILED_STEPS = 10
 PROFILED_KERNELS = 25
 
 
-# Configurations and precisions of the published table.
-PUBLISHED = [
-    *(("bc100", precision) for precision in ("fp32", "tf32", "bf16")),
-    *(("densenet121", precision) for precision in ("tf32", "bf16")),
+# Configurations, precisions and rows of the published table.
+PUBLISHED = list(itertools.product(("bc100", "densenet121"), ("bf16-autocast", "bf16", "tf32")))
+PUBLISHED_ROWS = [
+    model + way
+    for model in (*DENSENETS, "torchvision-converted")
+    for way in ("", "-compiled", GRAPHED)
 ]
+PUBLISHED_ROWS.insert(PUBLISHED_ROWS.index("plain-compiled") + 1, "plain" + BUDGET)
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -169,13 +187,6 @@ def converted(build: Callable[..., nn.Module], **settings) -> nn.Module:
     return efficient_densenet.convert(build(**settings), strict=True)
 
 
-def compiled_densenet(activation_memory_budget: float, **settings) -> nn.Module:
-    import torch._functorch.config
-
-    torch._functorch.config.activation_memory_budget = activation_memory_budget
-    return torch.compile(DENSENETS["plain"](**settings))
-
-
 TORCHVISION = functools.partial(torchvision_densenet, False)
 TIMM = functools.partial(timm_densenet, False)
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -188,12 +199,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "timm-converted": functools.partial(converted, TIMM),
     "monai": monai_densenet,
     "monai-converted": functools.partial(converted, monai_densenet),
-    "compile": functools.partial(compiled_densenet, 1.0),
-    "compile-budget": functools.partial(compiled_densenet, 0.2),
 }
-EAGER_ROWS = [name for name in MODELS if not name.startswith("compile")]
-GRAPHED = "-graphed"
-ROWS = [*MODELS, *(row + GRAPHED for row in ("plain", "ours"))]
+ROWS = [model + way for model in MODELS for way in ("", *COMPILED, GRAPHED)]
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -204,17 +211,22 @@ class Row(JobRow):
     logits_error: float | None = None
     step_ms: float | None = None
     step_ms_min: float | None = None
+    host_ms: float | None = None
+    launches: float | None = None
     graph_ms: float | None = None
     graph_ms_min: float | None = None
     activation_bytes: int | None = None
     reserved_bytes: int | None = None
+    warmup_s: float | None = None
     note: str = ""
 
 
 def train_step(job: Job, row: str) -> TrainStep:
     precision = PRECISIONS[job.precision]
-    model, images = model_and_images(job, MODELS[row.removesuffix(GRAPHED)], precision)
-    if row.endswith(GRAPHED):
+    name, way = model_and_way(row)
+    model, images = model_and_images(job, MODELS[name], precision)
+    model = compiled(model, way)
+    if way == GRAPHED:
         if job.device == "cpu" or precision.autocast:
             raise NotTimed("graphs of forward and backward: on a GPU and without autocast only")
         torch.cuda.make_graphed_callables(model, (images,))
@@ -224,22 +236,30 @@ def train_step(job: Job, row: str) -> TrainStep:
 
 def measurements(job: Job) -> dict:
     """Fields of `Row`."""
-    step, error = checked_step(job, train_step)
-    on_gpu = job.device == "cuda"
+    warm = checked_step(job, train_step)
+    step, on_gpu = warm.step, job.device == "cuda"
     # The memory of graphs is allocated before a step, and they cannot be part of another graph.
-    graphed = job.row.endswith(GRAPHED)
-    activation_bytes = peak_activation_bytes(step) if on_gpu and not graphed else None
+    launched_one_by_one = on_gpu and not model_and_way(job.row)[1]
+    activation_bytes = peak_activation_bytes(step) if launched_one_by_one else None
     times = times_ms(step, job.steps)
     return {
-        "logits_error": error,
+        "logits_error": warm.logits_error,
         "step_ms": statistics.median(times),
         "step_ms_min": min(times),
+        "host_ms": statistics.median(host_times_ms(step, job.steps)),
+        "launches": launches(launched(step, PROFILED_STEPS)) if on_gpu else None,
         "activation_bytes": activation_bytes,
         "reserved_bytes": torch.cuda.memory_reserved() if on_gpu else None,
+        "warmup_s": warm.warmup_s,
         # Last: a capture that breaks may leave the process unusable, and its pool is not part
         # of what is reserved above.
-        **(graph_times(step, job.steps) if on_gpu and not graphed else {}),
+        **(graph_times(step, job.steps) if launched_one_by_one else {}),
     }
+
+
+def launches(events: list) -> float:
+    """Of one step."""
+    return sum(event.count for event in events) / PROFILED_STEPS
 
 
 def measure(job: Job) -> Row:
@@ -251,23 +271,12 @@ def measure(job: Job) -> Row:
 
 def profile(job: Job) -> str:
     """Where the time of a step goes: host and GPU, and the kernels that take most of it."""
-    step, _ = checked_step(job, train_step)
+    step = checked_step(job, train_step).step
     step_ms = statistics.median(times_ms(step, job.steps))
     host_ms = statistics.median(host_times_ms(step, job.steps))
-    # Without the CPU's events, which would slow the launches down.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(PROFILED_STEPS):
-            step()
-        torch.cuda.synchronize()
-    kernels = [
-        event
-        for event in profiler.key_averages()
-        # Annotations such as the optimizer's span kernels that are listed themselves.
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
-    ]
+    kernels = launched(step, PROFILED_STEPS)
     kernels.sort(key=lambda event: event.self_device_time_total, reverse=True)
     gpu_us = sum(event.self_device_time_total for event in kernels) / PROFILED_STEPS
-    launches = sum(event.count for event in kernels) / PROFILED_STEPS
     rows = [
         [
             f"{event.self_device_time_total / PROFILED_STEPS:.1f}",
@@ -283,33 +292,25 @@ def profile(job: Job) -> str:
         f"- {step_ms:.2f} ms from the first launch to the end of the GPU's work\n"
         f"- {host_ms:.2f} ms until the host has launched everything (it waits where the GPU is far "
         f"behind)\n"
-        f"- {gpu_us / 1e3:.2f} ms of GPU time in {launches:g} kernels, copies and fills\n\n"
-        + markdown_table(["us", "share", "launches", "kernel"], rows)
+        f"- {gpu_us / 1e3:.2f} ms of GPU time in {launches(kernels):g} kernels, copies and "
+        f"fills\n\n" + markdown_table(["us", "share", "launches", "kernel"], rows)
     )
-
-
-def host_times_ms(step: TrainStep, count: int) -> list[float]:
-    """Times until a step returns, each begun on an idle GPU."""
-    times = []
-    for _ in range(count):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return times
 
 
 # -------------------------------------------------------------------------------------- results
 
 
 def table(rows: list[Row]) -> str:
-    columns = ["network", "precision", "row", "step ms", "min", "graph ms", "min"]
-    columns += ["activations GB", "reserved GB", "note"]
+    columns = ["network", "precision", "row", "step ms", "min", "host ms", "launches"]
+    columns += ["graph ms", "min", "activations GB", "reserved GB", "warm-up s", "note"]
     cells = [
         [
             *(row.config, row.precision, row.row),
-            *map(milliseconds, (row.step_ms, row.step_ms_min, row.graph_ms, row.graph_ms_min)),
+            *map(milliseconds, (row.step_ms, row.step_ms_min, row.host_ms)),
+            "-" if row.launches is None else f"{row.launches:g}",
+            *map(milliseconds, (row.graph_ms, row.graph_ms_min)),
             *map(gigabytes, (row.activation_bytes, row.reserved_bytes)),
+            "-" if row.warmup_s is None else f"{row.warmup_s:.1f}",
             row.note.replace("|", "\\|"),
         ]
         for row in rows
@@ -327,10 +328,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     pairs = ", ".join(" ".join(pair) for pair in PUBLISHED)
     text = f"{', '.join(PRECISIONS)} (default for both: {pairs}; for one: all of its values there)"
     add("--precision", nargs="+", choices=PRECISIONS, metavar="NAME", help=text)
-    text = "default: those of our own code (plain, checkpoint, ours, ours-features)"
+    text = f"default: {' '.join(PUBLISHED_ROWS)}"
     add("--rows", nargs="+", choices=ROWS, metavar="NAME", help=text)
-    text = "every configuration, precision and row (compile, compile-budget and those with graphs "
-    text += "only with --rows)"
+    text = "every configuration, precision and model, called from Python as it is"
     add("--all", action="store_true", help=text)
     text = "instead, where one row's time goes: kernels, GPU and host; takes one --config and "
     text += "--precision, writes profile_CONFIG_PRECISION_ROW.txt"
@@ -352,7 +352,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
         if options.all:
             configs, precisions = list(NETWORKS), list(PRECISIONS)
         pairs = list(itertools.product(options.config or configs, options.precision or precisions))
-    rows = options.rows or (EAGER_ROWS if options.all else list(DENSENETS))
+    rows = options.rows or (list(MODELS) if options.all else PUBLISHED_ROWS)
     return [Job.of(options, *pair, row, batch=options.batch) for pair in pairs for row in rows]
 
 

@@ -25,6 +25,7 @@ import kernels  # noqa: E402
 import largest_batch  # noqa: E402
 import loss_curves  # noqa: E402
 import memory_vs_depth  # noqa: E402
+import rows  # noqa: E402
 import train_step  # noqa: E402
 from common import Network  # noqa: E402
 from memory_vs_depth import Fit  # noqa: E402
@@ -112,18 +113,43 @@ def test_rows_come_from_processes_of_their_own(tmp_path):
         assert row.keys() == Row.__dataclass_fields__.keys()
         assert 0 < row["step_ms_min"] <= row["step_ms"]
         assert row["logits_error"] < 1e-4 and row["note"] == ""
-        for name in ("activation_bytes", "reserved_bytes", "graph_ms", "graph_ms_min"):
+        assert row["host_ms"] > 0 and row["warmup_s"] > 0
+        for name in ("activation_bytes", "reserved_bytes", "launches", "graph_ms", "graph_ms_min"):
             assert row[name] is None
     assert (tmp_path / "train_step.md").read_text() == done.stdout.removesuffix("\n")
 
 
-@pytest.mark.parametrize("row", train_step.EAGER_ROWS)
+@pytest.mark.parametrize("row", train_step.MODELS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
 def test_every_row_does_the_same_work(tiny, row, precision):
     if row not in common.DENSENETS:
         pytest.importorskip(row.partition("-")[0])
     measured = train_step.measure(tiny(row, precision))
     assert measured.note == "" and measured.step_ms > 0
+
+
+def test_names_of_rows():
+    assert rows.model_and_way("ours") == ("ours", "")
+    assert rows.model_and_way("ours-features-compiled") == ("ours-features", "-compiled")
+    assert rows.model_and_way("plain-compiled-budget") == ("plain", "-compiled-budget")
+    assert rows.model_and_way("plain-channels-last-max-autotune")[1] == "-max-autotune"
+    assert set(train_step.PUBLISHED_ROWS) <= set(train_step.ROWS)
+    assert set(inference.PUBLISHED_ROWS) <= set(inference.ROWS)
+
+
+@pytest.mark.parametrize("script", [train_step, inference])
+@pytest.mark.parametrize("row", ["ours-compiled", "plain-compiled"])
+def test_compiled_rows(tiny, script, row, monkeypatch):
+    """By a compiler that needs no C++ compiler, and says that it was asked."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setitem(rows.COMPILED, "-compiled", {"backend": backend})
+    measured = script.measure(tiny(row))
+    assert measured.note == "" and measured.warmup_s > 0 and graphs
 
 
 def test_wrong_results_are_not_timed(tiny, monkeypatch):
@@ -162,6 +188,7 @@ def test_a_missing_graph_says_why(tiny):
 def test_row_of_a_gpu(tiny, row):
     measured = train_step.measure(tiny(row, device="cuda"))
     assert measured.step_ms > 0 and 0 < measured.activation_bytes < measured.reserved_bytes
+    assert measured.host_ms > 0 and measured.launches > 5
     assert measured.graph_ms or measured.note.startswith("no graph: ")
 
 
@@ -175,7 +202,7 @@ def test_graphs_need_a_gpu(tiny):
 def test_graphed_row_of_a_gpu(tiny, row):
     measured = train_step.measure(tiny(row, device="cuda"))
     assert measured.step_ms > 0 and measured.reserved_bytes > 0 and measured.note == ""
-    assert measured.activation_bytes is measured.graph_ms is None
+    assert measured.activation_bytes is measured.graph_ms is None and measured.launches > 0
     assert "without autocast" in train_step.measure(tiny(row, "bf16-autocast", device="cuda")).note
 
 
@@ -188,15 +215,18 @@ def test_profile(tiny):
 
 def test_table():
     rows = [
-        Row("bc100", "tf32", "plain", 64, 1e-6, 52.4, 39.1, 16.33, 16.29, 2_276_000_000, 10**9),
+        Row(
+            *("bc100", "tf32", "plain", 64, 1e-6, 52.4, 39.1, 30.5, 734, 16.33, 16.29),
+            *(2_276_000_000, 10**9, 2.5),
+        ),
         Row("bc190", "fp32", "ours", 64, note="out | of memory"),
     ]
     lines = train_step.table(rows).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    numbers = ["52.40", "39.10", "16.33", "16.29", "2.276", "1.000"]
+    numbers = ["52.40", "39.10", "30.50", "734", "16.33", "16.29", "2.276", "1.000", "2.5"]
     assert cells[2] == ["bc100", "tf32", "plain", *numbers, ""]
-    assert cells[3][:9] == ["bc190", "fp32", "ours", *"------"]
+    assert cells[3][:12] == ["bc190", "fp32", "ours", *"---------"]
     assert "out \\| of memory" in lines[3]
 
 
@@ -206,12 +236,12 @@ def chosen(arguments):
 
 
 def test_choice_of_rows():
-    assert chosen("") == (set(train_step.PUBLISHED), set(common.DENSENETS))
-    pairs = {("bc190", "fp32"), ("bc190", "tf32"), ("bc190", "bf16")}
+    assert chosen("") == (set(train_step.PUBLISHED), set(train_step.PUBLISHED_ROWS))
+    pairs = {("bc190", "bf16-autocast"), ("bc190", "tf32"), ("bc190", "bf16")}
     assert chosen("--config bc190 --rows timm ours") == (pairs, {"timm", "ours"})
-    pairs, rows = chosen("--all")
+    pairs, names = chosen("--all")
     assert len(pairs) == len(train_step.NETWORKS) * len(train_step.PRECISIONS)
-    assert rows == set(train_step.EAGER_ROWS)
+    assert names == set(train_step.MODELS)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +495,7 @@ def test_inference(tmp_path, monkeypatch, capsys):
         assert row["activation_bytes"] is row["graph_ms"] is None
 
 
-@pytest.mark.parametrize("row", [row for row in inference.ROWS if row != "compile"])
+@pytest.mark.parametrize("row", inference.EVALUATED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-autocast"])
 def test_every_row_evaluates_the_same(tiny, row, precision):
     if row.startswith("torchvision"):
@@ -502,18 +532,19 @@ def test_evaluation_on_a_gpu(tiny, row):
 
 def test_speedups_are_over_the_faster_plain_row():
     def row(name, batch, *times):
+        times = [*times[:2], None, *times[2:]] if times else []
         return inference.Row("bc40", "bf16", name, batch, 1e-3, *times)
 
     rows = [
         *(row("ours", 1, 2.0, 1.9, 1.0, 0.9), row("ours", 8, 4.0, 3.9)),
         *(row("plain", 1, 5.0, 4.9, 2.5, 2.4), row("plain", 8, 8.0, 7.9, 8.0, 8.0)),
-        *(row("plain-channels-last", 1, 3.0, 2.9, 4.0, 3.9), row("compile", 1)),
+        *(row("plain-channels-last", 1, 3.0, 2.9, 4.0, 3.9), row("ours-compiled", 1)),
     ]
     lines = inference.speedups(rows).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert cells[0] == ["network", "precision", "row", "batch 1", "batch 8"]
     assert cells[2] == ["bc40", "bf16", "ours", "1.50 / 2.50", "2.00 / -"]
-    assert cells[3] == ["bc40", "bf16", "compile", "- / -", "-"]
+    assert cells[3] == ["bc40", "bf16", "ours-compiled", "- / -", "-"]
 
 
 # ----------------------------------------------------------------------------------- loss_curves
