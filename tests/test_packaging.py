@@ -306,6 +306,14 @@ def test_version_and_minimum_torch_are_stated_once(setup_py):
     project = (ROOT / "pyproject.toml").read_text()
     assert efficient_densenet.__version__ not in project
     assert "torch>" not in project
+    # Texts for people state it in words, and have to follow.
+    for name in ("README.md", "CHANGELOG.md", "docs/design.md"):
+        text = (ROOT / name).read_text()
+        stated = re.findall(
+            r"torch >= ([0-9.]+)\b|torch ([0-9.]+) or later|every torch from ([0-9.]+) on", text
+        )
+        versions = {version for match in stated for version in match if version}
+        assert versions == {_extension.MINIMUM_TORCH}, name
 
 
 def test_sdist_holds_every_source(setup_py, tmp_path):
