@@ -183,7 +183,7 @@ def test_timms_own_tests():
     options += ["-p", "no:cacheprovider", "-k", f"({networks}) and not pretrained"]
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-m", "pytest", *options, source / "tests" / "test_models.py"]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-1000:]
