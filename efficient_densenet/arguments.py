@@ -125,6 +125,11 @@ def check_more_than_one_value(first: Tensor, channels: int) -> None:
         )
 
 
+def check_pixels(x: Tensor) -> None:
+    if x.shape[2:].numel() == 0:  # the type of the error of torch's convolutions
+        raise RuntimeError(f"x: expected images of at least one pixel, got shape {list(x.shape)}")
+
+
 def check_pooling_arguments(x: Tensor, norm: BatchNorm) -> torch.dtype:
     """The dtype of a max-pooled batch norm of x, or an error that names the wrong argument."""
     check_tensor("x", x)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ._extension import _C
-from .arguments import check_block_arguments, check_more_than_one_value
+from .arguments import check_block_arguments, check_more_than_one_value, check_pixels
 from .batch_norm import BatchNorm, move_running_statistics
 from .block_spec import BlockSpec, Pool, count_rows
 from .dense_block_formulas import (
@@ -86,6 +86,7 @@ def dense_block(
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was changed.
+        RuntimeError: x has no pixels, as torch's convolutions raise it.
         torch.OutOfMemoryError: running statistics are as before.
     """
     given = _tensors_of(x, layers)
@@ -173,6 +174,7 @@ def run_dense_block(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str
     if not _PLAIN_TYPES.issuperset(map(type, inputs)):
         x, tensors = without_subclass(x), tensors.without_subclasses()
         inputs = [x, *tensors.differentiable()]
+    check_pixels(x)
     if spec.training_norms:
         check_more_than_one_value(x, spec.in_channels)
     check_transforms("dense_block", *inputs)

@@ -54,7 +54,8 @@ def make(spatial_dims=2, dtype=torch.float64, **options):
 @pytest.mark.parametrize(
     "shape",
     [(0, 8, 4, 4), (0, 8, 4), (0, 8, 2, 3, 4), (1, 8, 1, 1), (1, 8, 1), (1, 8, 1, 2), (2, 8, 1, 1),
-     (2, 7, 4, 4), (2, 0, 4, 4), (8, 4, 4)],
+     (2, 7, 4, 4), (2, 0, 4, 4), (8, 4, 4), (2, 8, 0, 4), (2, 8, 4, 0), (2, 8, 0), (2, 8, 2, 0, 3),
+     (0, 8, 0, 4), (1, 8, 0, 1)],
     ids=str,
 )  # fmt: skip
 def test_shapes(shape, training):
