@@ -121,6 +121,34 @@ for _name in (
     _negative.impl(_name, _without_negative_bit(_name), "Negative")
 
 
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Registers a function of Python as the operator on the CPU and on CUDA, behind the checks that
+    those of C++ have: all tensors on one device, with memory for their elements.
+    """
+    qualified = f"{__package__}::{name}"
+    operator = getattr(torch.ops.efficient_densenet, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def checked(*arguments: Any) -> Any:
+        found: dict[str, torch.Tensor] = {}
+        for argument_name, argument in zip(names, arguments, strict=False):
+            if isinstance(argument, torch.Tensor):
+                found[argument_name] = argument
+            elif isinstance(argument, (list, tuple)):
+                for i, item in enumerate(argument):
+                    if isinstance(item, torch.Tensor):
+                        found[f"{argument_name}[{i}]"] = item
+        check_one_device(*found.values())
+        index = torch.ops.efficient_densenet.first_without_memory(list(found.values()))
+        if index >= 0:
+            raise RuntimeError(
+                f"{qualified}: {[*found][index]}: expected memory for all elements of the tensor"
+            )
+        return function(*arguments)
+
+    torch.library.impl(qualified, ("cpu", "cuda"))(checked)
+
+
 def build_info() -> dict[str, str | None]:
     """How the compiled module was built.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ._extension import check_one_device
+from ._extension import check_one_device, implement
 from .arguments import check_pooling_arguments
 from .batch_norm import (
     BatchNorm,
@@ -167,9 +167,8 @@ torch.library.define(
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
 )
 
-_DEVICES = ("cpu", "cuda")
-torch.library.impl("efficient_densenet::functional_bn_relu_max_pool", _DEVICES, _forward)
-torch.library.impl("efficient_densenet::functional_bn_relu_max_pool_backward", _DEVICES, _backward)
+implement("functional_bn_relu_max_pool", _forward)
+implement("functional_bn_relu_max_pool_backward", _backward)
 
 
 @torch.library.register_fake("efficient_densenet::functional_bn_relu_max_pool")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._extension import implement
 from .arguments import check_block_arguments
 from .batch_norm import BatchNorm
 from .block_spec import BlockSpec, count_rows
@@ -270,7 +271,7 @@ for _name, _function in (
     ("dense_block", _dense_block_operator),
     ("dense_block_backward", _dense_block_backward_operator),
 ):
-    torch.library.impl(f"efficient_densenet::{_name}", ("cpu", "cuda"))(_function)
+    implement(_name, _function)
     # Without data the same function gives the shapes and strides: its kernels then do nothing.
     torch.library.register_fake(f"efficient_densenet::{_name}")(_function)
 torch.library.register_autograd(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._extension import implement
 from .layout import dense_strides, plain_formats
 
 torch.library.define(
@@ -54,7 +55,7 @@ def dropout_mask(
     return mask
 
 
-torch.library.impl("efficient_densenet::dropout_mask", ("cpu", "cuda"))(dropout_mask)
+implement("dropout_mask", dropout_mask)
 
 
 @torch.library.register_fake("efficient_densenet::dropout_mask")

@@ -198,6 +198,67 @@ def dense_block_layers_backward(case, dtype):
     ]  # fmt: skip
 
 
+def functional_bn_relu_max_pool(case, dtype):
+    x, *_ = pooled_arguments(case, dtype)
+    mean, var, weight, bias, eps = norm_arguments(case, x.size(1), dtype)
+    running = case.random.choice([(None, None), (mean, var)])
+    return [x, weight, bias, *running, eps, case.random.random() < 0.5]
+
+
+def functional_bn_relu_max_pool_backward(case, dtype):
+    x, y, winners = pooled_arguments(case, dtype)
+    mean, var, weight, bias, eps = norm_arguments(case, x.size(1), dtype)
+    return [y, winners.random_(), x, weight, bias, mean, var, eps, case.random.random() < 0.5]
+
+
+def dropout_mask(case, dtype):
+    r, spatial = case.random, case.sizes()
+    layers, growth, first, width = (r.randint(1, 3) for _ in range(4))
+    ones = [1] * len(spatial)
+    conv1 = [case.tensor((width, first + i * growth, *ones), dtype) for i in range(layers)]
+    conv2 = [case.tensor((growth, width, *[3] * len(spatial)), dtype) for _ in range(layers)]
+    x = case.images(2, first, spatial, dtype)
+    return [x, conv1, conv2, dtype, 0.5, r.random() < 0.5, None]
+
+
+def dense_block(case, dtype):
+    r, spatial = case.random, case.sizes()
+    layers, growth, first, width = (r.randint(1, 3) for _ in range(4))
+    ones, has_reader = [1] * len(spatial), r.random() < 0.5
+    counts = [first + i * growth for i in range(layers)]
+    norms = [*counts, *[width] * layers, *[first + layers * growth] * has_reader]
+    training = [r.random() < 0.7 for _ in norms]
+    has_weight, has_bias = ([r.random() < 0.8 for _ in norms] for _ in range(2))
+    inputs = r.choice([None, 4])
+    lists = [
+        [case.tensor((n,), wide(dtype)) for n, here in zip(norms, present, strict=True) if here]
+        for present in (has_weight, has_bias, *[[not t for t in training]] * 2)
+    ]
+    lists[3] = [var.abs() for var in lists[3]]
+    return [
+        case.images(2, inputs or first, spatial, dtype),
+        inputs and case.tensor((first, inputs, *ones), dtype), None, *lists,
+        [case.tensor((width, n, *ones), dtype) for n in counts],
+        [case.tensor((growth, width, *[3] * len(spatial)), dtype) for _ in counts],
+        has_weight, has_bias, training, [1e-5] * len(norms), dtype, 0.0, r.random() < 0.5,
+        has_reader, r.randint(0, 2) if has_reader and min(spatial) > 1 else 0,
+    ]  # fmt: skip
+
+
+def dense_block_backward(case, dtype):
+    r, arguments = case.random, dense_block(case, dtype)
+    x, projection, mask = arguments[:3]
+    conv1, conv2 = arguments[7:9]
+    result, features, *kept = OPS.dense_block(*arguments)
+    has_reader = arguments[-2]
+    needs = [[r.random() < 0.7 for _ in conv1] for _ in range(2)]
+    return [
+        torch.randn_like(result), features if has_reader else result, *kept, mask,
+        None if projection is None else x, projection, conv1, conv2, *arguments[11:],
+        [*x.shape], r.random() < 0.7, projection is not None, *needs,
+    ]  # fmt: skip
+
+
 def projection_backward(case, dtype):
     r, spatial = case.random, case.sizes()
     n, outputs, inputs = r.randint(1, 3), r.randint(1, 5), r.randint(1, 5)
@@ -220,6 +281,11 @@ SAMPLES = [
     dense_block_layers,
     dense_block_layers_backward,
     projection_backward,
+    functional_bn_relu_max_pool,
+    functional_bn_relu_max_pool_backward,
+    dropout_mask,
+    dense_block,
+    dense_block_backward,
 ]
 
 
@@ -369,6 +435,8 @@ def mutated(case, value):
         return case.random.choice(FLOATS)
     if isinstance(value, list):
         return mutated_list(case, value)
+    if isinstance(value, torch.dtype):
+        return case.random.choice([*DTYPES, *OTHER_DTYPES])
     return case.tensor(case.sizes(0, case.random.randint(1, 5)))  # None
 
 

@@ -21,14 +21,6 @@ int64_t extent_of(const Tensor& tensor) {
   return extent;
 }
 
-bool has_memory_for_all(const Tensor& tensor) {
-  if (tensor.numel() == 0) return true;
-  int64_t bytes = 0;
-  if (aoti_torch_get_storage_size(tensor.get(), &bytes) != 0) return false;
-  const int64_t end = tensor.storage_offset() + extent_of(tensor);
-  return end <= bytes / static_cast<int64_t>(tensor.element_size());
-}
-
 // Whether every element has a place of its own: sorted by strides, each dimension steps over all
 // that the ones before it reach.
 bool elements_are_apart(const Tensor& tensor) {
@@ -63,6 +55,14 @@ int64_t even_row_stride(const Tensor& tensor) {
 }
 
 }  // namespace
+
+bool has_memory_for_all(const Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t bytes = 0;
+  if (aoti_torch_get_storage_size(tensor.get(), &bytes) != 0) return false;
+  const int64_t end = tensor.storage_offset() + extent_of(tensor);
+  return end <= bytes / static_cast<int64_t>(tensor.element_size());
+}
 
 std::string describe(ScalarType dtype) {
   switch (dtype) {

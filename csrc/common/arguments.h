@@ -25,6 +25,9 @@ std::string describe(const Sizes& sizes);
 // Such as "float32 [2, 3] with strides [3, 1] on cpu".
 std::string describe(const Tensor& tensor);
 
+// Whether its storage holds all of its elements.
+bool has_memory_for_all(const Tensor& tensor);
+
 enum class Access { kRead, kWrite };
 
 class ArgumentChecks {
