@@ -121,9 +121,11 @@ for _name in (
     _negative.impl(_name, _without_negative_bit(_name), "Negative")
 
 
-def implement(name: str, function: Callable[..., Any]) -> None:
-    """Registers a function of Python as the operator on the CPU and on CUDA, behind the checks that
-    those of C++ have: all tensors on one device, with memory for their elements.
+def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers functions of Python as an operator on the CPU and on CUDA, and for fake tensors.
+
+    They run behind the checks that operators of C++ have: all tensors are on one device, and have
+    memory for their elements.
     """
     qualified = f"{__package__}::{name}"
     operator = getattr(torch.ops.efficient_densenet, name).default
@@ -146,7 +148,12 @@ def implement(name: str, function: Callable[..., Any]) -> None:
             )
         return function(*arguments)
 
+    def checked_fake(*arguments: Any) -> Any:
+        check_one_device(*arguments)
+        return fake(*arguments)
+
     torch.library.impl(qualified, ("cpu", "cuda"))(checked)
+    torch.library.register_fake(qualified, checked_fake)
 
 
 def build_info() -> dict[str, str | None]:

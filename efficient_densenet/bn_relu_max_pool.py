@@ -133,7 +133,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias. Saved-tensor hooks may have changed all strides."""
     grad_x = torch.empty_like(x)
-    if grad_y.numel() == 0:
+    if x.numel() == 0:
         zeros = mean.new_zeros((2, mean.numel()), dtype=parameter_dtype(x.dtype))
         return grad_x, zeros[0], zeros[1].clone()
     strides = dense_strides(grad_y.shape, is_channels_last(x))
@@ -167,21 +167,20 @@ torch.library.define(
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
 )
 
-implement("functional_bn_relu_max_pool", _forward)
-implement("functional_bn_relu_max_pool_backward", _backward)
 
-
-@torch.library.register_fake("efficient_densenet::functional_bn_relu_max_pool")
-def _(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return _allocate(x, keeps_winners=inputs[-1])
 
 
-@torch.library.register_fake("efficient_densenet::functional_bn_relu_max_pool_backward")
-def _(
+def _fake_backward(
     grad_y: Tensor, winners: Tensor, x: Tensor, weight: object, bias: object, mean: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight = torch.empty_like(mean, dtype=parameter_dtype(x.dtype))
     return torch.empty_like(x), grad_weight, torch.empty_like(grad_weight)
+
+
+implement("functional_bn_relu_max_pool", _forward, _fake)
+implement("functional_bn_relu_max_pool_backward", _backward, _fake_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -271,9 +271,8 @@ for _name, _function in (
     ("dense_block", _dense_block_operator),
     ("dense_block_backward", _dense_block_backward_operator),
 ):
-    implement(_name, _function)
     # Without data the same function gives the shapes and strides: its kernels then do nothing.
-    torch.library.register_fake(f"efficient_densenet::{_name}")(_function)
+    implement(_name, _function, _function)
 torch.library.register_autograd(
     "efficient_densenet::dense_block", _differentiate, setup_context=_keep_for_backward
 )

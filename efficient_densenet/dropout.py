@@ -55,13 +55,12 @@ def dropout_mask(
     return mask
 
 
-implement("dropout_mask", dropout_mask)
-
-
-@torch.library.register_fake("efficient_densenet::dropout_mask")
-def _(x: Tensor, conv1: Sequence[Tensor], conv2: Sequence[Tensor], *rest: object) -> Tensor:
+def _fake(x: Tensor, conv1: Sequence[Tensor], conv2: Sequence[Tensor], *rest: object) -> Tensor:
     n, _, *spatial = x.shape
     return x.new_empty((len(conv2), n, *spatial, conv2[0].size(0)), dtype=torch.bool)
+
+
+implement("dropout_mask", dropout_mask, _fake)
 
 
 def _drawn_features(

@@ -281,6 +281,9 @@ SAMPLES = [
     dense_block_layers,
     dense_block_layers_backward,
     projection_backward,
+]
+# Those that are written in Python.
+PYTHON_SAMPLES = [
     functional_bn_relu_max_pool,
     functional_bn_relu_max_pool_backward,
     dropout_mask,
@@ -317,7 +320,7 @@ def any_arguments(operator):
 
 
 def all_samples():
-    samples = {sample.__name__: sample for sample in SAMPLES}
+    samples = {sample.__name__: sample for sample in (*SAMPLES, *PYTHON_SAMPLES)}
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, short = name.partition("::")
         if namespace == "efficient_densenet" and short not in samples:

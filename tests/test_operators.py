@@ -23,7 +23,7 @@ def case_of(name, seed=0):
     """A call that is right, as names and values."""
     case = fuzz.Case(random.Random(seed))
     torch.manual_seed(seed)
-    sample = next(sample for sample in fuzz.SAMPLES if sample.__name__ == name)
+    sample = fuzz.all_samples()[name]
     dtype = case.random.choice(fuzz.DTYPES)
     names = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
     return dict(zip(names, sample(case, dtype), strict=True))
@@ -38,15 +38,22 @@ def check_refusal(name, arguments, text):
 
 
 NAMES = [sample.__name__ for sample in fuzz.SAMPLES]
-TENSORS = [
-    (name, argument)
-    for name in NAMES
-    for argument, value in case_of(name, seed=1).items()
-    if isinstance(value, torch.Tensor)
-]
+NAMES_IN_PYTHON = [sample.__name__ for sample in fuzz.PYTHON_SAMPLES]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def tensors_of(names):
+    return [
+        (name, argument)
+        for name in names
+        for argument, value in case_of(name, seed=1).items()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+TENSORS, TENSORS_IN_PYTHON = tensors_of(NAMES), tensors_of(NAMES_IN_PYTHON)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *NAMES_IN_PYTHON])
 @pytest.mark.parametrize("seed", range(20))
 def test_right_calls_succeed(name, seed):
     getattr(OPS, name)(*case_of(name, seed).values())
@@ -73,7 +80,34 @@ def test_wrong_tensors_are_refused_by_name(name, argument, wrong):
     check_refusal(name, arguments, f"efficient_densenet::{name}: ")
 
 
-@pytest.mark.parametrize(("name", "argument"), TENSORS)
+@pytest.mark.parametrize(("name", "argument"), TENSORS_IN_PYTHON)
+def test_tensors_without_memory_are_refused_by_operators_in_python(name, argument):
+    arguments = case_of(name, seed=1)
+    if arguments[argument].numel() == 0:
+        pytest.skip("has no elements")
+    arguments[argument].untyped_storage().resize_(0)
+    check_refusal(name, arguments, f"efficient_densenet::{name}: {argument}: expected memory")
+
+
+@pytest.mark.parametrize("field", ["weights", "running_vars", "conv1", "conv2"])
+def test_a_tensor_without_memory_in_a_list_is_named(field):
+    for seed in range(100):
+        arguments = case_of("dense_block", seed)
+        if arguments[field]:
+            break
+    arguments[field][-1].untyped_storage().resize_(0)
+    last = len(arguments[field]) - 1
+    check_refusal("dense_block", arguments, rf"dense_block: {field}\[{last}\]: expected memory")
+
+
+def test_a_gradient_without_elements_is_refused():
+    """What it leads to would be memory that nobody has written."""
+    arguments = case_of("functional_bn_relu_max_pool_backward", seed=1)
+    arguments["grad_y"] = arguments["grad_y"][:0]
+    check_refusal("functional_bn_relu_max_pool_backward", arguments, "grad_y: expected")
+
+
+@pytest.mark.parametrize(("name", "argument"), [*TENSORS, *TENSORS_IN_PYTHON])
 def test_tensors_of_two_devices_are_refused(name, argument):
     arguments = case_of(name, seed=1)
     arguments[argument] = arguments[argument].to("meta")
