@@ -193,6 +193,10 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     """Columns are padded, so that it reads well as plain text, too."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]

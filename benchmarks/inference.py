@@ -57,6 +57,7 @@ from common import (
     origin,
     peak_activation_bytes,
     positive,
+    seconds,
 )
 from rows import (
     BUDGET,
@@ -67,7 +68,7 @@ from rows import (
     checked_step,
     compiled,
     graph_times,
-    host_times_ms,
+    is_launched_one_by_one,
     measure_each,
     model_and_images,
     model_and_way,
@@ -131,15 +132,14 @@ def measurements(job: Job) -> dict:
     """Fields of `Row`."""
     warm = checked_step(job, inference)
     step = warm.step
-    # The memory of graphs is allocated before a call, and they cannot be part of another graph.
-    launched_one_by_one = job.device == "cuda" and not model_and_way(job.row)[1]
+    launched_one_by_one = is_launched_one_by_one(job)
     activation_bytes = peak_activation_bytes(step) if launched_one_by_one else None
     times = times_ms(step, job.steps)
     return {
         "logits_error": warm.logits_error,
         "ms": statistics.median(times),
         "ms_min": min(times),
-        "host_ms": statistics.median(host_times_ms(step, job.steps)),
+        "host_ms": statistics.median(times_ms(step, job.steps, waits=False)),
         "activation_bytes": activation_bytes,
         "warmup_s": warm.warmup_s,
         **(graph_times(step, job.steps) if launched_one_by_one else {}),
@@ -162,7 +162,7 @@ def table(rows: list[Row]) -> str:
             *map(milliseconds, (row.ms, row.ms_min, row.host_ms)),
             *map(milliseconds, (row.graph_ms, row.graph_ms_min)),
             gigabytes(row.activation_bytes),
-            "-" if row.warmup_s is None else f"{row.warmup_s:.1f}",
+            seconds(row.warmup_s),
             row.note.replace("|", "\\|"),
         ]
         for row in rows

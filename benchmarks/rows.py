@@ -52,6 +52,14 @@ def model_and_way(row: str) -> tuple[str, str]:
     return row.removesuffix(way), way
 
 
+def is_launched_one_by_one(job: Job) -> bool:
+    """On a GPU, and neither compiled nor graphed.
+
+    The memory of a graph is allocated before a step, and it cannot be part of another graph.
+    """
+    return job.device == "cuda" and not model_and_way(job.row)[1]
+
+
 def compiled(model: nn.Module, way: str) -> nn.Module:
     """The model as torch.compile makes it: itself where the way is another."""
     if way not in COMPILED:
@@ -226,25 +234,19 @@ def _configure(job: Job) -> None:
     torch.backends.cudnn.benchmark = job.cudnn_benchmark
 
 
-def times_ms(function: Callable[[], object], count: int) -> list[float]:
-    """Wall-clock times from the first launch to the end of the GPU's work, in order."""
+def times_ms(function: Callable[[], object], count: int, waits: bool = True) -> list[float]:
+    """Wall-clock times of calls begun on an idle GPU, in order.
+
+    Args:
+        waits: to the end of the GPU's work; False: until a call returns, which is the host's time.
+    """
     times = []
     for _ in range(count):
         _synchronise()
         begin = time.perf_counter()
         function()
-        _synchronise()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return times
-
-
-def host_times_ms(function: Callable[[], object], count: int) -> list[float]:
-    """Times until a call returns, each begun on an idle GPU."""
-    times = []
-    for _ in range(count):
-        _synchronise()
-        begin = time.perf_counter()
-        function()
+        if waits:
+            _synchronise()
         times.append(1e3 * (time.perf_counter() - begin))
     return times
 

@@ -78,6 +78,7 @@ from common import (
     origin_lines,
     peak_activation_bytes,
     positive,
+    seconds,
 )
 from rows import (
     BUDGET,
@@ -90,7 +91,7 @@ from rows import (
     checked_step,
     compiled,
     graph_times,
-    host_times_ms,
+    is_launched_one_by_one,
     launched,
     measure_each,
     model_and_images,
@@ -238,15 +239,14 @@ def measurements(job: Job) -> dict:
     """Fields of `Row`."""
     warm = checked_step(job, train_step)
     step, on_gpu = warm.step, job.device == "cuda"
-    # The memory of graphs is allocated before a step, and they cannot be part of another graph.
-    launched_one_by_one = on_gpu and not model_and_way(job.row)[1]
+    launched_one_by_one = is_launched_one_by_one(job)
     activation_bytes = peak_activation_bytes(step) if launched_one_by_one else None
     times = times_ms(step, job.steps)
     return {
         "logits_error": warm.logits_error,
         "step_ms": statistics.median(times),
         "step_ms_min": min(times),
-        "host_ms": statistics.median(host_times_ms(step, job.steps)),
+        "host_ms": statistics.median(times_ms(step, job.steps, waits=False)),
         "launches": launches(launched(step, PROFILED_STEPS)) if on_gpu else None,
         "activation_bytes": activation_bytes,
         "reserved_bytes": torch.cuda.memory_reserved() if on_gpu else None,
@@ -273,7 +273,7 @@ def profile(job: Job) -> str:
     """Where the time of a step goes: host and GPU, and the kernels that take most of it."""
     step = checked_step(job, train_step).step
     step_ms = statistics.median(times_ms(step, job.steps))
-    host_ms = statistics.median(host_times_ms(step, job.steps))
+    host_ms = statistics.median(times_ms(step, job.steps, waits=False))
     kernels = launched(step, PROFILED_STEPS)
     kernels.sort(key=lambda event: event.self_device_time_total, reverse=True)
     gpu_us = sum(event.self_device_time_total for event in kernels) / PROFILED_STEPS
@@ -310,7 +310,7 @@ def table(rows: list[Row]) -> str:
             "-" if row.launches is None else f"{row.launches:g}",
             *map(milliseconds, (row.graph_ms, row.graph_ms_min)),
             *map(gigabytes, (row.activation_bytes, row.reserved_bytes)),
-            "-" if row.warmup_s is None else f"{row.warmup_s:.1f}",
+            seconds(row.warmup_s),
             row.note.replace("|", "\\|"),
         ]
         for row in rows
