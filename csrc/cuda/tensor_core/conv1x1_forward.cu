@@ -40,8 +40,8 @@ struct Sizes {
 template <int kTiles>
 constexpr int kWeightStage = kTiles * kTileColumns * kPieces;  // pieces of a chunk of W
 
-__host__ __device__ inline int norm_floats(int channel_chunks, int channel_chunk) {
-  return SharedNorm::kNumbers * channel_chunks * channel_chunk;
+__host__ __device__ inline int norm_floats(int chunks, int chunk) {
+  return SharedNorm::kNumbers * chunks * chunk;
 }
 
 // A block of so many warps leaves its accumulators enough registers twice, or once.
@@ -61,23 +61,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   extern __shared__ uint4 shared[];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / kPieces, t = lane % kPieces;
-  const int channel_chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
-  const SharedNorm norm(reinterpret_cast<float*>(shared), channel_chunks * kChannelChunk<T>);
-  uint4* const stages = shared + norm_floats(channel_chunks, kChannelChunk<T>) / 4;
+  const int chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
+  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChannelChunk<T>);
+  uint4* const stages = shared + norm_floats(chunks, kChannelChunk<T>) / 4;
   const int stage_pieces = kWeightStage<kTiles> + warps * kOwnRows * kWarp;
   const int own_x = kWeightStage<kTiles> + warp * kOwnRows * kWarp + lane;
   const int first_output = blockIdx.y * kOutputs;
-  weight += static_cast<int64_t>(blockIdx.y) * channel_chunks * kWeightStage<kTiles>;
+  weight += static_cast<int64_t>(blockIdx.y) * chunks * kWeightStage<kTiles>;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
   const int64_t end = min(begin + sizes.rows_per_block, sizes.rows);
   const int tile_rows = warps * kRowTiles * kTileRows;
-  const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * channel_chunks;
+  const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * chunks;
 
   const bool pieces_are_whole = x.aligned && sizes.channels % kPiece<T> == 0;
   // The next chunk to copy: its number, place in C, stage and the lane's first row; its rows are 8
   // apart.
-  int copied = 0, copied_channel_chunk = 0, copied_stage = 0;
+  int copied = 0, copied_chunk = 0, copied_stage = 0;
   int64_t copied_row = begin + warp * kRowTiles * kTileRows + g;
   const T* from_x = x.at(copied_row, t * kPiece<T>);
   const uint4* from_weight = weight;
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
       for (int i = threadIdx.x; i < kWeightStage<kTiles>; i += blockDim.x) {
         copy_async(stage + i, from_weight + i);
       }
-      const int count = count_before<kPiece<T>>(
-          sizes.channels, copied_channel_chunk * kChannelChunk<T> + t * kPiece<T>);
+      const int count =
+          count_before<kPiece<T>>(sizes.channels, copied_chunk * kChannelChunk<T> + t * kPiece<T>);
       const auto left = static_cast<int>(min(end - copied_row, int64_t(kOwnRows * 8)));
       if (pieces_are_whole) {
 #pragma unroll
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
       if (++copied_stage == kStages) copied_stage = 0;
       from_x += kChannelChunk<T>;
       from_weight += kWeightStage<kTiles>;
-      if (++copied_channel_chunk == channel_chunks) {
-        copied_channel_chunk = 0;
+      if (++copied_chunk == chunks) {
+        copied_chunk = 0;
         copied_row += tile_rows;
         from_x = x.at(copied_row, t * kPiece<T>);
         from_weight = weight;
@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_next();
-  norm.load(bn, 0, channel_chunks * kChannelChunk<T>, sizes.channels);
+  norm.load(bn, 0, chunks * kChannelChunk<T>, sizes.channels);
 
   float sums[kRowTiles][kTiles][4] = {};
   WarpMoments<kTiles> moments;
-  int channel_chunk = 0;
+  int chunk = 0;
   int64_t row = begin + warp * kRowTiles * kTileRows + g;
   for (int i = 0; i < total; ++i) {
     wait_for_copies<kStages - 2>();
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     copy_next();
     const uint4* const stage = stages + i % kStages * stage_pieces;
     NormCoefficients<float> channels[kPiece<T>];
-    norm.get(channels, channel_chunk * kChannelChunk<T> + t * kPiece<T>);
+    norm.get(channels, chunk * kChannelChunk<T> + t * kPiece<T>);
     uint4 a[kOwnRows];
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
@@ -147,11 +147,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
         }
       }
     }
-    if (++channel_chunk < channel_chunks) continue;
+    if (++chunk < chunks) continue;
 
     store_tile<T>(sums, z, row, end, first_output, sizes.outputs, norm2,
                   partial_mean ? &moments : nullptr);
-    channel_chunk = 0;
+    chunk = 0;
     row += tile_rows;
   }
   if (partial_mean == nullptr) return;
@@ -186,10 +186,9 @@ struct Warps {
   int row_tiles, warps;
 
   int64_t shared_bytes(int tiles, int64_t channels, Element element) const {
-    const int channel_chunk = kPieces * kPieceBytes / element_size(element);
+    const int chunk = kPieces * kPieceBytes / element_size(element);
     const int64_t stage = tiles * kTileColumns * kPieces + warps * 2 * row_tiles * kWarp;
-    const int64_t numbers =
-        norm_floats(static_cast<int>(ceil_div(channels, channel_chunk)), channel_chunk);
+    const int64_t numbers = norm_floats(static_cast<int>(ceil_div(channels, chunk)), chunk);
     return numbers * static_cast<int64_t>(sizeof(float)) + kStages * stage * kPieceBytes;
   }
 };
@@ -225,23 +224,23 @@ constexpr int kGradInputColumns = 32;
 
 struct PackedShape {
   bool forward;
-  int columns, channel_chunk;  // columns of a group; channels of a chunk
-  int64_t groups_forward, channel_chunks_grad;
+  int columns, chunk;  // columns of a group; channels of a chunk
+  int64_t groups_forward, chunks_grad;
 
-  PackedShape(WeightLayout layout, int channel_chunk, int64_t rows, int64_t outputs)
-      : forward(layout == WeightLayout::kForward), channel_chunk(channel_chunk) {
+  PackedShape(WeightLayout layout, int chunk, int64_t rows, int64_t outputs)
+      : forward(layout == WeightLayout::kForward), chunk(chunk) {
     const Groups groups(rows, outputs);
     columns = forward ? groups.tiles * kTileColumns : kGradInputColumns;
     groups_forward = groups.groups;
-    channel_chunks_grad = ceil_div(tiles_for(outputs) * kTileColumns, channel_chunk);
+    chunks_grad = ceil_div(tiles_for(outputs) * kTileColumns, chunk);
   }
 
-  __host__ __device__ int64_t channel_chunks(int64_t channels) const {
-    return forward ? (channels + channel_chunk - 1) / channel_chunk : channel_chunks_grad;
+  __host__ __device__ int64_t chunks(int64_t channels) const {
+    return forward ? (channels + chunk - 1) / chunk : chunks_grad;
   }
   __host__ __device__ int64_t elements(int64_t channels) const {
     const int64_t groups = forward ? groups_forward : (channels + columns - 1) / columns;
-    return groups * channel_chunks(channels) * columns * channel_chunk;
+    return groups * chunks(channels) * columns * chunk;
   }
 };
 
@@ -257,15 +256,14 @@ __global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weigh
     from += weights.outputs * channels_of(weights, l);
     packed += shape.elements(channels_of(weights, l));
   }
-  const int64_t channels = channels_of(weights, blockIdx.y),
-                channel_chunks = shape.channel_chunks(channels);
+  const int64_t channels = channels_of(weights, blockIdx.y), chunks = shape.chunks(channels);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        i < shape.elements(channels); i += step) {
-    const int64_t place = i / shape.channel_chunk, part = place / shape.columns;
+    const int64_t place = i / shape.chunk, part = place / shape.columns;
     const int p = static_cast<int>(place % shape.columns), pair = p / (2 * kTileColumns);
-    const int64_t k = part % channel_chunks * shape.channel_chunk + i % shape.channel_chunk;
-    const int64_t column = part / channel_chunks * shape.columns + pair * 2 * kTileColumns +
+    const int64_t k = part % chunks * shape.chunk + i % shape.chunk;
+    const int64_t column = part / chunks * shape.columns + pair * 2 * kTileColumns +
                            pair_column(p % (2 * kTileColumns));
     const int64_t n = shape.forward ? column : k, c = shape.forward ? k : column;
     const bool inside = n < weights.outputs && c < channels;
@@ -359,8 +357,8 @@ std::string why_no_tensor_cores(int device_index, Element element, int64_t outpu
 
 int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t rows, int64_t outputs,
                              int64_t channels) {
-  const int size = element_size(element), channel_chunk = kPieces * kPieceBytes / size;
-  return PackedShape(layout, channel_chunk, rows, outputs).elements(channels) * size;
+  const int size = element_size(element), chunk = kPieces * kPieceBytes / size;
+  return PackedShape(layout, chunk, rows, outputs).elements(channels) * size;
 }
 
 void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv1x1Weights& weights,

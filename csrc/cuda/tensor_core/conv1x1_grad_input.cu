@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   int64_t row = begin + warp * kTileRows + g;
   for (int i = 0; i < total; ++i) {
     if (group == 0) {
-      const auto operand = [&](int64_t row, int channel_chunk) {
-        const int n = channel_chunk * kChannelChunk<T> + t * kPiece<T>;
+      const auto operand = [&](int64_t row, int chunk) {
+        const int n = chunk * kChannelChunk<T> + t * kPiece<T>;
         Piece<T> piece{};
         if (row < end) {
           if (grad_z.aligned && n + kPiece<T> <= sizes.outputs) {
@@ -202,9 +202,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
         return bits<T>(to_operands<T>(piece));
       };
 #pragma unroll
-      for (int channel_chunk = 0; channel_chunk < kChunks_; ++channel_chunk) {
-        low[channel_chunk] = operand(row, channel_chunk);
-        high[channel_chunk] = operand(row + 8, channel_chunk);
+      for (int chunk = 0; chunk < kChunks_; ++chunk) {
+        low[chunk] = operand(row, chunk);
+        high[chunk] = operand(row + 8, chunk);
       }
     }
     wait_for_copies<kStages<T, kTiles> - 2>();
@@ -215,16 +215,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
     const auto* const weights = reinterpret_cast<const uint4*>(stages + stage) + lane;
     float grad_a[kGroupTiles][4] = {};
 #pragma unroll
-    for (int channel_chunk = 0; channel_chunk < kChunks_; ++channel_chunk) {
+    for (int chunk = 0; chunk < kChunks_; ++chunk) {
       uint4 b[kGroupTiles];
 #pragma unroll
-      for (int j = 0; j < kGroupTiles; ++j)
-        b[j] = weights[(channel_chunk * kGroupTiles + j) * kWarp];
+      for (int j = 0; j < kGroupTiles; ++j) b[j] = weights[(chunk * kGroupTiles + j) * kWarp];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll
         for (int j = 0; j < kGroupTiles; ++j) {
-          mma_chunk_step<T>(grad_a[j], low[channel_chunk], high[channel_chunk], b[j], step);
+          mma_chunk_step<T>(grad_a[j], low[chunk], high[chunk], b[j], step);
         }
       }
     }

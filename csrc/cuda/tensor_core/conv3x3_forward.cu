@@ -42,9 +42,8 @@ __device__ inline void wait_for_all_but(int pending) {
 struct SharedLayout {
   int numbers, stage;
 
-  __host__ __device__ SharedLayout(int channels, int channel_chunk, int stretch, int weights)
-      : numbers(SharedNorm::kNumbers * ((channels + channel_chunk - 1) / channel_chunk) *
-                channel_chunk / 4),
+  __host__ __device__ SharedLayout(int channels, int chunk, int stretch, int weights)
+      : numbers(SharedNorm::kNumbers * ((channels + chunk - 1) / chunk) * chunk / 4),
         stage(stretch * kPieces + weights) {}
 
   int64_t bytes(int stages) const {
@@ -63,35 +62,35 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   extern __shared__ __align__(128) uint4 shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int block_rows = blockDim.x / kWarp * kRowTiles * kTileRows;
-  const int channel_chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
+  const int chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
   const int stretch = sizes.images.stretch(block_rows);
   const SharedLayout layout(sizes.channels, kChannelChunk<T>, stretch, kWeights);
-  const SharedNorm norm(reinterpret_cast<float*>(shared), channel_chunks * kChannelChunk<T>);
+  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChannelChunk<T>);
   uint4 *const zeros = shared + layout.numbers, *const stages = zeros + kPieces;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
   const int64_t end = min(begin + sizes.rows_per_block, sizes.images.rows);
-  const int total = static_cast<int>((end - begin + block_rows - 1) / block_rows) * channel_chunks;
+  const int total = static_cast<int>((end - begin + block_rows - 1) / block_rows) * chunks;
   const int piece = threadIdx.x % kPieces;  // of every row that the thread copies
 
   const bool pieces_are_whole = z.aligned && sizes.channels % kPiece<T> == 0;
   // The next stage to copy: its number, chunk, place and first row.
-  int copied = 0, copied_channel_chunk = 0, copied_stage = 0;
+  int copied = 0, copied_chunk = 0, copied_stage = 0;
   int64_t copied_tile = begin;
   const auto copy_next = [&] {
     if (copied < total) {
       uint4* const stage = stages + copied_stage * layout.stage;
-      const uint4* const from = weight + static_cast<int64_t>(copied_channel_chunk) * kWeights;
+      const uint4* const from = weight + static_cast<int64_t>(copied_chunk) * kWeights;
       for (int k = threadIdx.x; k < kWeights; k += blockDim.x) {
         copy_async(stage + stretch * kPieces + k, from + k);
       }
-      const int channel = copied_channel_chunk * kChannelChunk<T> + piece * kPiece<T>;
+      const int channel = copied_chunk * kChannelChunk<T> + piece * kPiece<T>;
       copy_stretch<T>(stage, z, sizes.images, copied_tile, stretch, channel,
                       count_before<kPiece<T>>(sizes.channels, channel), pieces_are_whole,
                       blockDim.x);
       if (++copied_stage == sizes.stages) copied_stage = 0;
-      if (++copied_channel_chunk == channel_chunks) {
-        copied_channel_chunk = 0;
+      if (++copied_chunk == chunks) {
+        copied_chunk = 0;
         copied_tile += block_rows;
       }
     }
@@ -99,16 +98,16 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     commit_copies();
   };
   for (int i = 0; i + 1 < sizes.stages; ++i) copy_next();
-  if constexpr (!kIsNormalised) norm.load(bn, 0, channel_chunks * kChannelChunk<T>, sizes.channels);
+  if constexpr (!kIsNormalised) norm.load(bn, 0, chunks * kChannelChunk<T>, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
   float sums[kRowTiles][kTiles][4] = {};
   uint32_t inside[kRowTiles];
   WarpMoments<kTiles> moments;
-  int channel_chunk = 0, stage_index = 0;
+  int chunk = 0, stage_index = 0;
   int64_t tile_row = begin + warp * kRowTiles * kTileRows;
   for (int i = 0; i < total; ++i) {
-    if (channel_chunk == 0) {
+    if (chunk == 0) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     wait_for_all_but(sizes.stages - 2);
     if constexpr (!kIsNormalised) {  // each thread, what it has copied
       NormCoefficients<float> channels[kPiece<T>];
-      norm.get(channels, channel_chunk * kChannelChunk<T> + piece * kPiece<T>);
+      norm.get(channels, chunk * kChannelChunk<T> + piece * kPiece<T>);
       for (int s = threadIdx.x / kPieces; s < stretch; s += blockDim.x / kPieces) {
         uint4& at = stage[swizzled(s, piece)];
         at = normalised<T>(at, channels);
@@ -130,10 +129,10 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     copy_next();
     multiply_taps<T>(sums, stage, zeros, stage + stretch * kPieces, sizes.images,
                      warp * kRowTiles * kTileRows, inside, 2);
-    if (++channel_chunk < channel_chunks) continue;
+    if (++chunk < chunks) continue;
     store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs, FoldedNorm{},
                   partial_mean ? &moments : nullptr);
-    channel_chunk = 0;
+    chunk = 0;
     tile_row += block_rows;
   }
   if (partial_mean == nullptr) return;
@@ -145,9 +144,9 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
 
 SharedLayout layout_for(Element element, const RowCut& cut, int64_t outputs, int64_t channels,
                         int64_t width) {
-  const int channel_chunk = kPieces * kPieceBytes / element_size(element);
+  const int chunk = kPieces * kPieceBytes / element_size(element);
   const int tiles = conv3x3_tiles(false, outputs);
-  return SharedLayout(static_cast<int>(channels), channel_chunk,
+  return SharedLayout(static_cast<int>(channels), chunk,
                       static_cast<int>(cut.rows() + 2 * width + 2), kTaps * tiles * kWarp);
 }
 
@@ -158,19 +157,19 @@ SharedLayout layout_for(Element element, const RowCut& cut, int64_t outputs, int
 
 struct PackedShape {
   bool grad_input;
-  int tiles, channel_chunk;
-  int64_t groups, channel_chunks;
+  int tiles, chunk;
+  int64_t groups, chunks;
 
   PackedShape(Element element, bool grad_input, int64_t outputs, int64_t channels)
-      : grad_input(grad_input), channel_chunk(kPieces * kPieceBytes / element_size(element)) {
+      : grad_input(grad_input), chunk(kPieces * kPieceBytes / element_size(element)) {
     const int64_t columns = grad_input ? channels : outputs;
     tiles = conv3x3_tiles(grad_input, columns);
     groups = ceil_div(columns, tiles * kTileColumns);
-    channel_chunks = ceil_div(grad_input ? outputs : channels, channel_chunk);
+    chunks = ceil_div(grad_input ? outputs : channels, chunk);
   }
 
   __host__ __device__ int64_t elements() const {
-    return groups * channel_chunks * kTaps * tiles * kTileColumns * channel_chunk;
+    return groups * chunks * kTaps * tiles * kTileColumns * chunk;
   }
 };
 
@@ -194,10 +193,9 @@ __global__ void pack_conv3x3_kernel(const __grid_constant__ Conv3x3Weights weigh
     rest /= 2;
     const int tap = static_cast<int>(rest % kTaps);
     rest /= kTaps;
-    const int64_t inner = rest % shape.channel_chunks * shape.channel_chunk +
-                          step_of_chunk * kStep<T> + word % 2 * (kStep<T> / 2) + t * kWord +
-                          element % kWord;
-    const int64_t column = rest / shape.channel_chunks * shape.tiles * kTileColumns +
+    const int64_t inner = rest % shape.chunks * shape.chunk + step_of_chunk * kStep<T> +
+                          word % 2 * (kStep<T> / 2) + t * kWord + element % kWord;
+    const int64_t column = rest / shape.chunks * shape.tiles * kTileColumns +
                            pair * 2 * kTileColumns + pair_column(word / 2 * kTileColumns + g);
     const int64_t n = shape.grad_input ? inner : column, b = shape.grad_input ? column : inner;
     const int source_tap = shape.grad_input ? kTaps - 1 - tap : tap;

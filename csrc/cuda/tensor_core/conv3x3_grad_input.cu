@@ -43,12 +43,11 @@ struct Gather {
 struct SharedLayout {
   int numbers, grad_y, stage;
 
-  __host__ __device__ SharedLayout(int warps, int columns, int channel_chunks, int stretch,
-                                   int weights)
+  __host__ __device__ SharedLayout(int warps, int columns, int chunks, int stretch, int weights)
       : numbers(((SharedNorm::kNumbers + 2 * warps) * columns +
                  kMaxConv3x3Outputs * static_cast<int>(sizeof(CorrectionCoefficients<float>) / 4)) /
                 4),
-        grad_y(channel_chunks * stretch * kPieces),
+        grad_y(chunks * stretch * kPieces),
         stage(weights) {}
 
   int64_t bytes() const { return (numbers + kPieces + grad_y + 2 * int64_t(stage)) * kPieceBytes; }
@@ -83,14 +82,14 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   extern __shared__ __align__(128) uint4 shared[];
   const int warps = blockDim.x / kWarp, block_rows = warps * kRowTiles * kTileRows;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, t = lane % kPieces;
-  const int channel_chunks = (sizes.outputs + kChannelChunk<T> - 1) / kChannelChunk<T>;
+  const int chunks = (sizes.outputs + kChannelChunk<T> - 1) / kChannelChunk<T>;
   const int columns = sizes.groups_per_block * kColumns;
   const int all_groups = (sizes.channels + kColumns - 1) / kColumns;
   const int first_group = blockIdx.y * sizes.groups_per_block;
   const int groups = min(sizes.groups_per_block, all_groups - first_group);
   const int first_channel = first_group * kColumns;
   const int stretch = sizes.images.stretch(block_rows);
-  const SharedLayout layout(warps, columns, channel_chunks, stretch, kWeights);
+  const SharedLayout layout(warps, columns, chunks, stretch, kWeights);
   float* const floats = reinterpret_cast<float*>(shared);
   const SharedNorm norm(floats, columns);
   float* const warp_sums = floats + SharedNorm::kNumbers * columns;
@@ -99,8 +98,8 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   uint4 *const zeros = shared + layout.numbers, *const operands = zeros + kPieces;
   uint4* const stages = operands + layout.grad_y;
 
-  const int total = groups * channel_chunks;
-  weight += static_cast<int64_t>(first_group) * channel_chunks * kWeights;
+  const int total = groups * chunks;
+  weight += static_cast<int64_t>(first_group) * chunks * kWeights;
   const auto copy = [&](int i) {
     if (i < total) {
       const uint4* const from = weight + static_cast<int64_t>(i) * kWeights;
@@ -131,16 +130,15 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   constexpr int kFours = kChannelChunk<T> / 4;
   const int in_chunk = threadIdx.x % kFours * 4, own_s = threadIdx.x / kFours;
   const int apart = blockDim.x / kFours;
-  for (int channel_chunk = 0; channel_chunk < channel_chunks; ++channel_chunk) {
-    const int n = channel_chunk * kChannelChunk<T> + in_chunk,
-              count_n = count_before<4>(sizes.outputs, n);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int n = chunk * kChannelChunk<T> + in_chunk, count_n = count_before<4>(sizes.outputs, n);
     CorrectionCoefficients<float> channels[4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (k < count_n) channels[k] = corrections[n + k];
     }
     T* const operand =
-        reinterpret_cast<T*>(operands + channel_chunk * stretch * kPieces) + in_chunk % kPiece<T>;
+        reinterpret_cast<T*>(operands + chunk * stretch * kPieces) + in_chunk % kPiece<T>;
     const bool writes = blockIdx.y == 0 && n < sizes.pitch;
     const float* from_g = grad_features.at(stretch_begin + own_s, n);
     const T* from_y = y.at(stretch_begin + own_s, n);
@@ -185,16 +183,15 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
   }
   float sums[kRowTiles][kTiles][4] = {};
-  int channel_chunk = 0, first_column = 0;  // of the group
+  int chunk = 0, first_column = 0;  // of the group
   for (int i = 0; i < total; ++i) {
     wait_for_copies<0>();
     __syncthreads();  // these weights (and grad_y) are there, and nobody reads those before
     copy(i + 1);
-    const int left = sizes.outputs - channel_chunk * kChannelChunk<T>;
-    multiply_taps<T>(sums, operands + channel_chunk * stretch * kPieces, zeros,
-                     stages + (i & 1) * kWeights, sizes.images, warp * kRowTiles * kTileRows,
-                     inside, left > kStep<T> ? 2 : 1);
-    if (++channel_chunk < channel_chunks) continue;
+    const int left = sizes.outputs - chunk * kChannelChunk<T>;
+    multiply_taps<T>(sums, operands + chunk * stretch * kPieces, zeros, stages + (i & 1) * kWeights,
+                     sizes.images, warp * kRowTiles * kTileRows, inside, left > kStep<T> ? 2 : 1);
+    if (++chunk < chunks) continue;
 
     const int64_t row = tile_row + lane / kPieces;
     const int own = first_column + 4 * t;
@@ -264,7 +261,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
         warp_sums[(warp * 2 + 1) * columns + column] = dz_centred_sums[0];
       }
     }
-    channel_chunk = 0;
+    chunk = 0;
     first_column += kColumns;
   }
   wait_for_copies<0>();
@@ -285,10 +282,10 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
 
 int64_t shared_bytes(Element element, const RowCut& cut, int64_t outputs, int64_t channels,
                      int64_t width) {
-  const int channel_chunk = kPieces * kPieceBytes / element_size(element);
+  const int chunk = kPieces * kPieceBytes / element_size(element);
   const int tiles = conv3x3_tiles(true, channels), columns = tiles * kTileColumns;
   return SharedLayout(cut.warps, static_cast<int>(ceil_div(channels, columns)) * columns,
-                      static_cast<int>(ceil_div(outputs, channel_chunk)),
+                      static_cast<int>(ceil_div(outputs, chunk)),
                       static_cast<int>(cut.rows() + 2 * width + 2), kTaps * tiles * kWarp)
       .bytes();
 }

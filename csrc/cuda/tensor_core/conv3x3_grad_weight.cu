@@ -299,8 +299,8 @@ void bn_relu_conv3x3_grad_weight(const KernelArgs& args, const BatchNorm& bn,
   const int tiles = tiles_of(outputs), groups = groups_of(outputs);
   dispatch_operand(args.element, [&](auto element) {
     using T = decltype(element);
-    const int64_t channel_chunks = ceil_div(args.channels, kChannelChunk<T>);
-    const int64_t row_blocks = std::max<int64_t>(1, kBlocks / (channel_chunks * groups));
+    const int64_t chunks = ceil_div(args.channels, kChannelChunk<T>);
+    const int64_t row_blocks = std::max<int64_t>(1, kBlocks / (chunks * groups));
     int tile_rows = 256;
     while (tile_rows > kFewestRows &&
            (rows < row_blocks * tile_rows ||
@@ -317,7 +317,7 @@ void bn_relu_conv3x3_grad_weight(const KernelArgs& args, const BatchNorm& bn,
       if constexpr (decltype(tag)::value <= kMostTiles) {
         constexpr auto kKernel = bn_relu_conv3x3_grad_weight_kernel<T, decltype(tag)::value>;
         allow_shared<kKernel>();
-        kKernel<<<dim3(channel_chunks, parts, groups), kBlockThreads, bytes, stream>>>(
+        kKernel<<<dim3(chunks, parts, groups), kBlockThreads, bytes, stream>>>(
             sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_y), partial);
         check(cudaGetLastError(), "bn_relu_conv3x3_grad_weight_kernel");
       }
