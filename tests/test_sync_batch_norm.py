@@ -94,10 +94,17 @@ def errors(found, expected, rank, batches):
     return result
 
 
+class WhySkipped(str):
+    """A process skipped the test: pytest has to hear of it in its own process."""
+
+
 def processes(rank, world, file, work, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    results[rank] = work(rank, world)
+    try:
+        results[rank] = work(rank, world)
+    except pytest.skip.Exception as skipped:
+        results[rank] = WhySkipped(skipped)
     dist.destroy_process_group()
 
 
@@ -106,7 +113,11 @@ def on_processes(world, work, tmp_path):
         results = manager.dict()
         arguments = (world, tmp_path / "rendezvous", work, results)
         mp.spawn(processes, arguments, nprocs=world)
-        return [results[rank] for rank in range(world)]
+        found = [results[rank] for rank in range(world)]
+    for result in found:
+        if isinstance(result, WhySkipped):
+            pytest.skip(result)
+    return found
 
 
 def compare(rank, world):
