@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from . import __version__
 
@@ -73,12 +73,15 @@ def _load() -> Any:
 _C = _load()
 
 
+def _tensors_in(arguments: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+
+
 def check_one_device(*arguments: Any) -> None:
     """Torch calls what stands for an operator on fake tensors if any of them is on the meta device,
     whatever the others are; then nothing would be computed, without a word.
     """
-    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-    devices = {tensor.device for tensor in tensors}
+    devices = {tensor.device for tensor in _tensors_in(arguments)}
     if len(devices) > 1:
         names = " and ".join(sorted(map(str, devices)))
         raise RuntimeError(f"{__package__}: expected all tensors on one device, got {names}")
@@ -95,8 +98,7 @@ def _without_negative_bit(name: str) -> Callable[..., None]:
 
     def resolve(*arguments: Any) -> None:
         for argument, written in zip(arguments, writes, strict=False):
-            tensors = [t for t in tree_leaves(argument) if isinstance(t, torch.Tensor)]
-            if written and any(tensor.is_neg() for tensor in tensors):
+            if written and any(tensor.is_neg() for tensor in _tensors_in(argument)):
                 raise RuntimeError(f"{operator}: expected memory to write to, got a negated view")
         operator(*tree_map_only(torch.Tensor, torch.Tensor.resolve_neg, arguments))
 
@@ -131,20 +133,23 @@ def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any])
     operator = getattr(torch.ops.efficient_densenet, name).default
     names = [argument.name for argument in operator._schema.arguments]
 
+    def name_of(index: int, arguments: Any) -> str:
+        """Of a tensor, as _tensors_in counts them."""
+        found: list[str] = [
+            name + keystr(path)
+            for name, argument in zip(names, arguments, strict=False)
+            for path, leaf in tree_flatten_with_path(argument)[0]
+            if isinstance(leaf, torch.Tensor)
+        ]
+        return found[index]
+
     def checked(*arguments: Any) -> Any:
-        found: dict[str, torch.Tensor] = {}
-        for argument_name, argument in zip(names, arguments, strict=False):
-            if isinstance(argument, torch.Tensor):
-                found[argument_name] = argument
-            elif isinstance(argument, (list, tuple)):
-                for i, item in enumerate(argument):
-                    if isinstance(item, torch.Tensor):
-                        found[f"{argument_name}[{i}]"] = item
-        check_one_device(*found.values())
-        index = torch.ops.efficient_densenet.first_without_memory(list(found.values()))
+        check_one_device(*arguments)
+        index = torch.ops.efficient_densenet.first_without_memory(_tensors_in(arguments))
         if index >= 0:
             raise RuntimeError(
-                f"{qualified}: {[*found][index]}: expected memory for all elements of the tensor"
+                f"{qualified}: {name_of(index, arguments)}: expected memory for all elements of "
+                "the tensor"
             )
         return function(*arguments)
 
