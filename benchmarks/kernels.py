@@ -35,7 +35,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import DeviceType
 
 import efficient_densenet  # noqa: F401  registers the operators
 from common import (
@@ -50,6 +49,7 @@ from common import (
     set_tf32,
     write,
 )
+from rows import launched
 
 OPS = torch.ops.efficient_densenet
 BATCH = 64
@@ -262,17 +262,15 @@ def kernel_times(function: Callable[[], object], repeats: int) -> dict[str, floa
     flush = torch.zeros(L2_BYTES, dtype=torch.int8, device="cuda")
     function()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(repeats):
-            flush.bitwise_not_()
-            function()
-        torch.cuda.synchronize()
+
+    def flush_and_call() -> None:
+        flush.bitwise_not_()
+        function()
+
     return {
         event.key: event.self_device_time_total / repeats
-        for event in profiler.key_averages()
-        if event.device_type == DeviceType.CUDA
-        and not event.is_user_annotation
-        and "bitwise_not" not in event.key
+        for event in launched(flush_and_call, repeats)
+        if "bitwise_not" not in event.key
     }
 
 
