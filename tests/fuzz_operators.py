@@ -211,12 +211,18 @@ def functional_bn_relu_max_pool_backward(case, dtype):
     return [y, winners.random_(), x, weight, bias, mean, var, eps, case.random.random() < 0.5]
 
 
+def convolutions(case, counts, growth, width, dims, dtype):
+    """Weights of layers that read so many channels each."""
+    conv1 = [case.tensor((width, count, *[1] * dims), dtype) for count in counts]
+    conv2 = [case.tensor((growth, width, *[3] * dims), dtype) for _ in counts]
+    return conv1, conv2
+
+
 def dropout_mask(case, dtype):
     r, spatial = case.random, case.sizes()
     layers, growth, first, width = (r.randint(1, 3) for _ in range(4))
-    ones = [1] * len(spatial)
-    conv1 = [case.tensor((width, first + i * growth, *ones), dtype) for i in range(layers)]
-    conv2 = [case.tensor((growth, width, *[3] * len(spatial)), dtype) for _ in range(layers)]
+    counts = [first + i * growth for i in range(layers)]
+    conv1, conv2 = convolutions(case, counts, growth, width, len(spatial), dtype)
     x = case.images(2, first, spatial, dtype)
     return [x, conv1, conv2, dtype, 0.5, r.random() < 0.5, None]
 
@@ -238,8 +244,7 @@ def dense_block(case, dtype):
     return [
         case.images(2, inputs or first, spatial, dtype),
         inputs and case.tensor((first, inputs, *ones), dtype), None, *lists,
-        [case.tensor((width, n, *ones), dtype) for n in counts],
-        [case.tensor((growth, width, *[3] * len(spatial)), dtype) for _ in counts],
+        *convolutions(case, counts, growth, width, len(spatial), dtype),
         has_weight, has_bias, training, [1e-5] * len(norms), dtype, 0.0, r.random() < 0.5,
         has_reader, r.randint(0, 2) if has_reader and min(spatial) > 1 else 0,
     ]  # fmt: skip
