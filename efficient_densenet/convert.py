@@ -13,9 +13,9 @@ import copy
 import functools
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from .arguments import RECOMPUTE, check_bool, check_choice, check_module
 from .densenet import DenseBlock
 from .libraries import LayerParts, find_blocks, library_of
 from .lowering import why_called, why_not_layers, why_not_layers_in_turn
+from .remembered import Remembered
 from .runner import Block, Ending, Settings, passes_through, records, run_block, run_sequence
+from .storage import SharedStorage
 from .trial import (
     Head,
     Trial,
@@ -74,7 +76,7 @@ class _Converted(nn.Module):
 class _ConvertedSettings(Settings):
     """Of a converted block, with the code and the numbers that were tried out.
 
-    Copies and pickles are tried out again when they first run: the code may be another there.
+    What is read from a pickle is tried out again: the code may be another there.
     """
 
     def __init__(self, recompute: str, name: str, block: nn.Module, trial: Trial) -> None:
@@ -88,15 +90,20 @@ class _ConvertedSettings(Settings):
         is_own = all(kind.__module__ == library.module for kind in kinds)
         self.numbers = None if is_own else list(map(numbers_of, block.children()))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ConvertedSettings:
+        twin = _ConvertedSettings.__new__(_ConvertedSettings)
+        vars(twin).update(vars(self), remembered=Remembered(), storage=SharedStorage())
+        return twin
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _Untried, (self.recompute, self.name)
 
 
-class _Untried:
-    """Settings of a copy of a converted block that has not run yet."""
+class _Untried(NamedTuple):
+    """What a pickle keeps of the settings of a converted block."""
 
-    def __init__(self, recompute: str, name: str) -> None:
-        self.recompute, self.name = recompute, name
+    recompute: str
+    name: str
 
 
 def _codes(block: nn.Module) -> dict[type, Any]:
@@ -115,18 +122,20 @@ class _ConvertedBlock(_Converted, Block):
             return self.run_plain(x)
         return run_block(self, x)
 
-    def settings(self) -> _ConvertedSettings:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         settings = self._efficient_densenet
+        # Now and not in its first call, which may be one that a compiler traces.
         if isinstance(settings, _Untried):
-            trial = _try(self)
-            settings = _ConvertedSettings(settings.recompute, settings.name, self, trial)
-            self._efficient_densenet = settings
-        found: _ConvertedSettings = settings
+            _convert_block(self, *settings, _try(self))
+
+    def settings(self) -> _ConvertedSettings:
+        found: _ConvertedSettings = self._efficient_densenet
         return found
 
-    def layer_parts(self) -> dict[str, LayerParts]:
+    def each_layer(self) -> Iterator[tuple[str, LayerParts]]:
         read = self.settings().library.read
-        return {name: read(layer) for name, layer in self._modules.items()}
+        return ((name, read(layer)) for name, layer in self._modules.items())
 
     def why_not_itself(self) -> str | None:
         settings = self.settings()
@@ -183,7 +192,12 @@ class _ConvertedModel(_Converted):
     """
 
     features: Any
-    _efficient_densenet: Any  # a _TriedHead; None in copies
+    _efficient_densenet: Any  # a _TriedHead; None in pickles
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._efficient_densenet is None:
+            self._efficient_densenet = _TriedHead(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if records(x) or not self._averages():
@@ -196,8 +210,6 @@ class _ConvertedModel(_Converted):
 
     def _averages(self) -> bool:
         """Whether it would, and nobody listens."""
-        if self._efficient_densenet is None:
-            self._efficient_densenet = _TriedHead(self)
         head = self._efficient_densenet.averages
         return (
             head is not None
@@ -209,10 +221,16 @@ class _ConvertedModel(_Converted):
 
 
 class _TriedHead:
-    """The head of a model that was found to read averages alone; copies are tried out again."""
+    """The head of a model that was found to read averages alone.
+
+    What is read from a pickle is tried out again.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.averages: Head | None = head_of(model) if head_averages(model) else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TriedHead:
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

@@ -22,7 +22,6 @@ from efficient_densenet import (
     DenseBlock,
     DenseNet,
     SharedStorage,
-    bn_relu_max_pool,
     concat_bn_relu,
     convert,
     explain,
@@ -30,6 +29,7 @@ from efficient_densenet import (
     runner,
 )
 from efficient_densenet.block_spec import Pool
+from efficient_densenet.bn_relu_max_pool import run_bn_relu_max_pool
 from reference import DTYPES, assert_error_rule, compare, kept_bytes, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,7 +225,7 @@ def test_the_stem_is_one_operator(name, hooked, monkeypatch):
     model, x = convert(build(name)), images(name)
     stems = []
     monkeypatch.setattr(
-        runner, "bn_relu_max_pool", lambda *args: stems.append(0) or bn_relu_max_pool(*args)
+        runner, "run_bn_relu_max_pool", lambda *args: stems.append(0) or run_bn_relu_max_pool(*args)
     )
     if hooked:
         model.get_submodule("features.pool0").register_forward_hook(lambda module, x, y: None)
@@ -709,14 +709,16 @@ def test_explain_our_own():
 
 
 @pytest.mark.parametrize("name", ["torchvision", "timm", "MONAI 2-d"])
-def test_copies_run_fused(name, specs):
-    """They are tried out anew, once, when they first run."""
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_run_fused(name, copied, specs):
+    """Also where a compiler traces their first call."""
     model, x = convert(build(name)), images(name)
+    twins = copied(model), copied(model)
     specs.clear()
     model(x)
     expected = [(spec.pool, spec.projected_channels) for spec in specs]
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        copied(x)
+    torch._dynamo.reset()
+    for twin in (twins[0], torch.compile(twins[1], backend="aot_eager", fullgraph=True)):
         specs.clear()
-        copied(x)
+        twin(x)
         assert [(spec.pool, spec.projected_channels) for spec in specs] == expected
