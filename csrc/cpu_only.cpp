@@ -25,6 +25,12 @@ void concat_bn_relu(const KernelArgs&, const BatchNorm&, const View&) { fail_wit
 void concat_bn_relu_backward(const KernelArgs&, const BatchNorm&, const Gradients&) {
   fail_without_cuda();
 }
+void concat_bn_relu_backward_sums(const KernelArgs&, const BatchNorm&, const Gradients&) {
+  fail_without_cuda();
+}
+void concat_bn_relu_backward_features(const KernelArgs&, const BatchNorm&, const Gradients&) {
+  fail_without_cuda();
+}
 void bn_relu_max_pool(const KernelArgs&, const BatchNorm&, const Pooled&) { fail_without_cuda(); }
 void bn_relu_max_pool_backward(const KernelArgs&, const BatchNorm&, const Pooled&,
                                const Gradients&) {
@@ -39,15 +45,13 @@ void apply_bn_correction(const KernelArgs&, const View&, const double*, const Co
 void average_pool(const KernelArgs&, const BatchNorm&, const Pooling&, const View&) {
   fail_without_cuda();
 }
-void update_running_statistics(const std::vector<RunningStatistics>&, int64_t, void*) {
+void update_running_statistics(const std::vector<RunningStatistics>&, void*) {
   fail_without_cuda();
 }
 std::string why_no_tensor_cores(int, Element, int64_t, int64_t) { return "this build is CPU only"; }
 void limit_shared_memory(int64_t) { fail_without_cuda(); }
-int64_t packed_conv1x1_bytes(Element, WeightLayout, int64_t, int64_t, int64_t) {
-  fail_without_cuda();
-}
-void pack_conv1x1(Element, WeightLayout, int64_t, const Conv1x1Weights&, void*, void*) {
+int64_t packed_bytes(Element, int64_t, const WeightsToPack&, int64_t) { fail_without_cuda(); }
+void pack_weights(Element, int64_t, const std::vector<PackJob>&, const ZeroMemory&, void*) {
   fail_without_cuda();
 }
 void bn_relu_conv1x1(const KernelArgs&, const BatchNorm&, const void*, int64_t, const FoldedNorm&,
@@ -56,31 +60,35 @@ void bn_relu_conv1x1(const KernelArgs&, const BatchNorm&, const void*, int64_t, 
 }
 void fold_norms(const Norms&, float*, float*, void*) { fail_without_cuda(); }
 void bn_relu_conv1x1_grad_input(const KernelArgs&, const BatchNorm&, const void*, int64_t,
-                                const NormGradArgs&) {
+                                const NormGradient&, const NormGradArgs&, ReaderSumsLeft*) {
   fail_without_cuda();
 }
+bool conv1x1_grad_input_shares_rows(Element, int64_t, int64_t, int64_t) { fail_without_cuda(); }
 void bn_relu_conv1x1_grad_weight(const KernelArgs&, const BatchNorm&, int64_t, const View&,
-                                 float*) {
+                                 const WeightGradient&, WeightParts*, const ReaderSumsLeft&) {
   fail_without_cuda();
 }
 std::string why_no_conv3x3(int, Element, int64_t, int64_t, int64_t) {
   return "this build is CPU only";
 }
-int64_t packed_conv3x3_bytes(Element, bool, int64_t, int64_t) { fail_without_cuda(); }
-void pack_conv3x3(Element, bool, const Conv3x3Weights&, void*, void*) { fail_without_cuda(); }
 void bn_relu_conv3x3(const KernelArgs&, const BatchNorm&, bool, const ImageSize&, const void*,
                      int64_t, const View&, const Statistics*) {
   fail_without_cuda();
 }
 int64_t conv3x3_grad_pitch(Element, int64_t) { fail_without_cuda(); }
 void bn_relu_conv3x3_grad_input(const KernelArgs&, const BatchNorm&, const ImageSize&, const void*,
-                                int64_t, const Gathered&, const View&, const Gradients&) {
+                                int64_t, const Gathered&, const View&, const Gradients&,
+                                NormSumsLeft*) {
   fail_without_cuda();
 }
 void bn_relu_conv3x3_grad_weight(const KernelArgs&, const BatchNorm&, const ImageSize&, int64_t,
-                                 const View&, void*) {
+                                 const View&, const WeightGradient&, WeightParts*,
+                                 const NormSumsLeft&) {
   fail_without_cuda();
 }
+void add_weight_parts(const KernelArgs&, const WeightParts&) { fail_without_cuda(); }
+void add_norm_sums(const KernelArgs&, const NormSumsLeft&) { fail_without_cuda(); }
+void add_reader_sums(const KernelArgs&, const ReaderSumsLeft&) { fail_without_cuda(); }
 
 }  // namespace efficient_densenet::cuda
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,75 +43,63 @@ def norm_without_subclasses(norm: BatchNorm) -> BatchNorm:
     return BatchNorm(mean, var, weight, bias, norm.training, norm.momentum, norm.eps, count)
 
 
-def update_running_statistics(
-    norms: Sequence[tuple[int, BatchNorm]], mean: Tensor, var: Tensor, rows: int
-) -> None:
-    """Moves the running statistics of several norms by one batch, in one launch.
+class RunningUpdates:
+    """The moves of running statistics that wait until everything else has succeeded.
 
-    Their versions stay, as with torch's batch norm. That keeps them for its backward pass, which it
-    would refuse where a norm runs once as a plain module and once here.
-
-    Args:
-        norms: each with its first channel among those of mean and var; frozen norms are skipped.
-        mean, var: float64 statistics of the batch, of all channels; var is biased.
-        rows: values per channel. An empty batch is counted and moves nothing else.
+    All of them are one launch. Their versions stay, as with torch's batch norm. That keeps them for
+    its backward pass, which it would refuse where a norm runs once as a plain module and once here.
     """
-    trained = [(begin, norm) for begin, norm in norms if norm.training]
-    move_running_statistics(
-        [begin for begin, _ in trained],
-        [norm.running_mean for _, norm in trained],
-        [norm.running_var for _, norm in trained],
-        [norm.num_batches_tracked for _, norm in trained],
-        [norm.momentum for _, norm in trained],
-        mean,
-        var,
-        rows,
-    )
-
-
-def move_running_statistics(
-    begins: Sequence[int],
-    running_means: Sequence[Tensor | None],
-    running_vars: Sequence[Tensor | None],
-    batch_counts: Sequence[Tensor | None],
-    momenta: Sequence[float | None],
-    mean: Tensor,
-    var: Tensor,
-    rows: int,
-) -> None:
-    """:func:`update_running_statistics` of training norms, whose fields are lists."""
-    if not running_means:
-        return
-    tracked = list(zip(running_means, running_vars, batch_counts, strict=True))
-    used = [i for i, (m, v, n) in enumerate(tracked) if not (m is None and v is None and n is None)]
-    if used:
-        copies = _Copies()
-        lists = [[copies.contiguous(tracked[i][field], mean) for i in used] for field in range(3)]
-        torch.ops.efficient_densenet.update_running_statistics(
-            mean, var, rows, [begins[i] for i in used], *lists,
-            [momenta[i] or 0.0 for i in used], [momenta[i] is None for i in used],
-        )  # fmt: skip
-        copies.write_back()
-
-
-class _Copies:
-    """Buffers as the kernels take them, which is contiguous; the others by way of a copy."""
 
     def __init__(self) -> None:
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._batches: list[tuple[Any, ...]] = []
 
-    def contiguous(self, buffer: Tensor | None, like: Tensor) -> Tensor:
-        """An empty tensor stands for a buffer that the norm does not have."""
-        if buffer is None:
-            return like.new_empty(0)
-        if buffer.is_contiguous():
-            return buffer
-        # One copy for a buffer that two norms share: it moves twice.
-        return self._copies.setdefault(id(buffer), (buffer, buffer.contiguous()))[1]
+    def add(
+        self,
+        begins: Sequence[int],
+        buffers: Sequence[Sequence[Tensor | None]],
+        momenta: Sequence[float | None],
+        mean: Tensor,
+        var: Tensor,
+        rows: int,
+    ) -> None:
+        """One batch, of norms that all train.
 
-    def write_back(self) -> None:
-        for buffer, copy in self._copies.values():
-            buffer.data.copy_(copy)
+        Args:
+            begins: each norm's first channel among those of mean and var.
+            buffers: ``running_mean`` of all norms, ``running_var``, ``num_batches_tracked``.
+            momenta: see :class:`BatchNorm`.
+            mean, var: float64 statistics of the batch, of all channels; var is biased.
+            rows: values per channel. An empty batch is counted and moves nothing else.
+        """
+        if any(buffer is not None for buffer in chain(*buffers)):
+            self._batches.append((begins, *buffers, momenta, mean, var, rows))
+
+    def add_norm(self, norm: BatchNorm, mean: Tensor, var: Tensor, rows: int) -> None:
+        """One batch of one norm."""
+        buffers = [norm.running_mean], [norm.running_var], [norm.num_batches_tracked]
+        self.add([0], buffers, [norm.momentum], mean, var, rows)
+
+    def move(self) -> None:
+        """Once: nothing waits any more."""
+        batches, self._batches = self._batches, []
+        if not batches:
+            return
+        begins, *buffers, momenta, means, variances, rows = zip(*batches, strict=True)
+        absent = means[0].new_empty(0)  # stands for a buffer that a norm does not have
+        filled = [[absent if b is None else b for b in chain(*lists)] for lists in buffers]
+        torch.ops.efficient_densenet.update_running_statistics(
+            means, variances, rows,
+            [i for i, norms in enumerate(begins) for _ in norms], [*chain(*begins)], *filled,
+            [momentum or 0.0 for momentum in chain(*momenta)],
+            [momentum is None for momentum in chain(*momenta)],
+        )  # fmt: skip
+
+
+def update_running_statistics(norm: BatchNorm, mean: Tensor, var: Tensor, rows: int) -> None:
+    """Those of one norm that trains, at once: see :meth:`RunningUpdates.add`."""
+    updates = RunningUpdates()
+    updates.add_norm(norm, mean, var, rows)
+    updates.move()
 
 
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:

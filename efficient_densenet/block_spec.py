@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
+
+from .layout import dense_strides
 
 
 class Pool:
@@ -81,6 +84,10 @@ class BlockSpec:
         ]
         self.statistics_begins += [0] * has_reader
         self.num_statistics = self.channels + self.num_layers * self.bottleneck
+        # Of the weights' gradients as the backward pass writes them, all numbers in one list.
+        conv1 = [[self.bottleneck, channels, *[1] * len(self.kernel)] for channels in read]
+        self.conv1_sizes = list(chain(*conv1))
+        self.conv1_strides = list(chain(*(dense_strides(sizes, False) for sizes in conv1)))
 
     def result_sizes(self, x_sizes: Sequence[int]) -> list[int]:
         """Of the block's result, from those of its input."""

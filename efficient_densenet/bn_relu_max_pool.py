@@ -19,10 +19,10 @@ from ._extension import check_one_device, implement
 from .arguments import check_pooling_arguments
 from .batch_norm import (
     BatchNorm,
+    RunningUpdates,
     as_parameter,
     norm_without_subclasses,
     parameter_dtype,
-    update_running_statistics,
 )
 from .differentiation import check_gradients, check_transforms, raise_second_derivative
 from .layout import dense_strides, is_channels_last
@@ -51,15 +51,32 @@ def bn_relu_max_pool(x: Tensor, norm: BatchNorm) -> Tensor:
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: an argument is wrong; nothing was changed.
     """
-    tensors = (x, *norm[:4]) if isinstance(norm, BatchNorm) else (x,)
+    tensors = _tensors_of(x, norm)
     if has_torch_function(tensors):
         result: Tensor = handle_torch_function(bn_relu_max_pool, tensors, x, norm)
         return result
+    updates = RunningUpdates()
+    y = run_bn_relu_max_pool(x, norm, updates)
+    updates.move()  # last, so that an error leaves them as they were
+    return y
+
+
+def _tensors_of(x: Tensor, norm: BatchNorm) -> tuple[Tensor | None, ...]:
+    return (x, *norm[:4]) if isinstance(norm, BatchNorm) else (x,)
+
+
+def run_bn_relu_max_pool(x: Tensor, norm: BatchNorm, updates: RunningUpdates) -> Tensor:
+    """:func:`bn_relu_max_pool` whose running statistics somebody moves later."""
+    tensors = _tensors_of(x, norm)
+    if has_torch_function(tensors):
+        arguments = x, norm, updates
+        result: Tensor = handle_torch_function(run_bn_relu_max_pool, tensors, *arguments)
+        return result
     dtype = check_pooling_arguments(x, norm)
-    return _run(without_subclass(x), norm_without_subclasses(norm), dtype)
+    return _run(without_subclass(x), norm_without_subclasses(norm), dtype, updates)
 
 
-def _run(x: Tensor, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
+def _run(x: Tensor, norm: BatchNorm, dtype: torch.dtype, updates: RunningUpdates) -> Tensor:
     differentiable = x, norm.weight, norm.bias
     check_transforms("bn_relu_max_pool", *differentiable)
     needs_grad = any(tensor is not None and tensor.requires_grad for tensor in differentiable)
@@ -69,9 +86,9 @@ def _run(x: Tensor, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
         x.to(dtype), norm.weight, norm.bias, *running, float(norm.eps),
         needs_grad and torch.is_grad_enabled(),
     )  # fmt: skip
-    if norm.training:  # last, so that an error leaves them as they were
+    if norm.training:
         rows = x.size(0) * math.prod(x.shape[2:])
-        update_running_statistics([(0, norm)], mean.detach(), var.detach(), rows)
+        updates.add_norm(norm, mean.detach(), var.detach(), rows)
     return y
 
 

@@ -240,7 +240,7 @@ def _statistics(
         statistics = synchronise_statistics(statistics, settings.group)
     mean, var, rows = statistics
     if rows > 0 and mean.numel() > 0:  # else as F.batch_norm, which leaves them alone
-        update_running_statistics([(0, norm)], mean, var, rows)
+        update_running_statistics(norm, mean, var, rows)
     return statistics
 
 

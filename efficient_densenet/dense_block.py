@@ -25,7 +25,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ._extension import _C
 from .arguments import check_block_arguments, check_more_than_one_value, check_pixels
-from .batch_norm import BatchNorm, move_running_statistics
+from .batch_norm import BatchNorm, RunningUpdates
 from .block_spec import BlockSpec, Pool, count_rows
 from .dense_block_formulas import (
     BlockTensors,
@@ -161,15 +161,24 @@ def describe(
     return spec, tensors
 
 
-def run_dense_block(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str = "") -> Tensor:
+def run_dense_block(
+    spec: BlockSpec,
+    tensors: BlockTensors,
+    x: Tensor,
+    name: str = "",
+    updates: RunningUpdates | None = None,
+) -> Tensor:
     """Runs a block on its input. Subclasses of Tensor see it as one function.
 
     Args:
         name: of the module, for messages.
+        updates: gets those of the running statistics, for whoever moves them later; None to move
+            them here.
     """
     inputs = [x, *tensors.differentiable()]
     if has_torch_function(inputs):
-        seen: Tensor = handle_torch_function(run_dense_block, inputs, spec, tensors, x, name)
+        arguments = spec, tensors, x, name, updates
+        seen: Tensor = handle_torch_function(run_dense_block, inputs, *arguments)
         return seen
     if not _PLAIN_TYPES.issuperset(map(type, inputs)):
         x, tensors = without_subclass(x), tensors.without_subclasses()
@@ -196,8 +205,7 @@ def run_dense_block(spec: BlockSpec, tensors: BlockTensors, x: Tensor, name: str
         with torch.no_grad():
             result, saved = forward(spec, tensors, x, mask, keeps=False)
             statistics = saved.statistics
-    # Last, so that an error leaves them as they were.
-    _update_running_statistics(spec, tensors, statistics, count_rows(x.shape))
+    _update_running_statistics(spec, tensors, statistics, count_rows(x.shape), updates)
     if spec.projected_channels:
         return result
     # As torch.cat of a float32 input and 16-bit features under autocast.
@@ -218,20 +226,25 @@ def kernel_path(spec: BlockSpec, x: Tensor) -> str:
 
 
 def _update_running_statistics(
-    spec: BlockSpec, tensors: BlockTensors, statistics: Tensor, rows: int
+    spec: BlockSpec,
+    tensors: BlockTensors,
+    statistics: Tensor,
+    rows: int,
+    later: RunningUpdates | None,
 ) -> None:
-    mean, var = statistics.detach().unbind(0)
+    """Last, so that an error leaves them as they were."""
     trained = spec.training_norms
-    move_running_statistics(
-        [spec.statistics_begins[i] for i in trained],
-        [tensors.running_means[i] for i in trained],
-        [tensors.running_vars[i] for i in trained],
-        [tensors.batch_counts[i] for i in trained],
-        [spec.momentum[i] for i in trained],
-        mean,
-        var,
-        rows,
-    )
+    if not trained:
+        return
+    begins = [spec.statistics_begins[i] for i in trained]
+    momenta = [spec.momentum[i] for i in trained]
+    running = tensors.running_means, tensors.running_vars, tensors.batch_counts
+    buffers = [[of_norms[i] for i in trained] for of_norms in running]
+    updates = RunningUpdates() if later is None else later
+    mean, var = statistics.detach().unbind(0)
+    updates.add(begins, buffers, momenta, mean, var, rows)
+    if later is None:
+        updates.move()
 
 
 class _Call(NamedTuple):
@@ -255,7 +268,7 @@ class _DenseBlock(torch.autograd.Function):
         spec, tensors = call.spec, call.tensors
         result, saved = forward(spec, tensors, x, call.mask, keeps=True)
         token = x.new_empty(0)
-        ctx.spec, ctx.name, ctx.parameters = spec, call.name, parameter_layout(tensors)
+        ctx.spec, ctx.name, ctx.layout = spec, call.name, parameter_layout(tensors)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
         projects = tensors.projection is not None and any(ctx.needs_input_grad[1:3])
@@ -279,15 +292,13 @@ class _DenseBlock(torch.autograd.Function):
             saved = Saved(features, *kept[:4])
             mask, x, projection, *weights = kept[4:]
             if count_rows(ctx.x_shape) == 0:
-                gradients = zero_gradients(spec, ctx.x_shape, grad_result, needs)
+                gradients = zero_gradients(spec, ctx.x_shape, grad_result, weights[layers:], needs)
             else:
                 gradients = backward(
                     spec, saved, x, projection, weights[:layers], weights[layers:], mask,
                     grad_result, needs,
                 )  # fmt: skip
-            results = input_gradients(
-                spec, ctx.parameters, gradients, needs, ctx.x_dtype, projection
-            )
+            results = input_gradients(spec, ctx.layout, gradients, needs, ctx.x_dtype, projection)
         return None, *refuse_second_derivatives("dense_block", results, token, grad_result)
 
 

@@ -8,12 +8,13 @@ saved from one to the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from . import _extension  # noqa: F401  registers the operators
 from .batch_norm import BatchNorm
@@ -101,7 +102,7 @@ def forward(
     with out_of_memory_as_torch_raises_it(x.device):
         _ops.dense_block_layers(
             *_input(spec, x, tensors.projection), features, bottlenecks, statistics,
-            _pack_conv1(tensors.conv1, spec.dtype), _pack_conv2(tensors.conv2, spec.dtype),
+            _readable(tensors.conv1, spec.dtype), _readable(tensors.conv2, spec.dtype),
             affine, frozen, *_settings(spec, x, mask), not keeps,
             result if spec.has_reader else None,
         )  # fmt: skip
@@ -115,7 +116,7 @@ class Gradients(NamedTuple):
     projection: Tensor | None  # [C_0, P]
     affine: Tensor  # as it is saved
     conv1: Tensor | None  # [B, C_l] of all layers, one after the other; at least float32
-    conv2: Tensor | None  # [layers that need it, k, *kernel, B]
+    conv2: Tensor | None  # [layers that need it, k, B, *kernel], as parameters lie in memory
 
 
 class Needs(NamedTuple):
@@ -153,17 +154,18 @@ def backward(
     grad_x = grad_projection = None
     if needs.x or needs.projection:
         grad_x = _new_channels_last((n, spec.in_channels, *spatial), features)
-    packed1, packed2 = _pack_conv1(conv1, spec.dtype), _pack_conv2(conv2, spec.dtype)
     affine = saved.affine.contiguous()
     grad_affine = torch.empty_like(affine)
-    # Sums over chunks of rows, of 16-bit products.
-    grad_conv1 = torch.empty_like(packed1, dtype=wide) if any(needs.conv1) else None
-    count = sum(needs.conv2)
-    grad_conv2 = torch.empty_like(packed2[:count]) if count else None
+    grad_conv1 = grad_conv2 = None
+    if any(needs.conv1):  # at least float32: sums over chunks of rows, of 16-bit products
+        grad_conv1 = features.new_empty(sum(weight.numel() for weight in conv1), dtype=wide)
+    if any(needs.conv2):
+        grad_conv2 = _new_conv2_gradients(spec, features, conv2, needs)
     with out_of_memory_as_torch_raises_it(features.device):
         _ops.dense_block_layers_backward(
             grad_result, features, _contiguous(saved.bottlenecks), saved.statistics.contiguous(),
-            packed1, packed2, affine, _contiguous(saved.frozen),
+            _readable(conv1, spec.dtype), _readable(conv2, spec.dtype), affine,
+            _contiguous(saved.frozen),
             *_settings(spec, features, mask), spec.has_reader, grad_features, grad_x, grad_affine,
             grad_conv1, needs.conv1, grad_conv2, needs.conv2,
         )  # fmt: skip
@@ -225,69 +227,65 @@ def _pack_norms(spec: BlockSpec, tensors: BlockTensors, x: Tensor) -> tuple[Tens
     return torch.cat(affine).to(wide).view(2, -1), frozen
 
 
-def _pack_conv1(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The ``[B, C_l]`` one after the other."""
-    flat: Tensor = _flatten_dense_tensors(weights)  # type: ignore[no-untyped-call]
-    return flat.to(dtype)
-
-
-def _pack_conv2(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """``[L, k, *kernel, B]``, contiguous."""
-    inner = torch.cat(list(weights)).to(dtype).movedim(1, -1).contiguous()
-    return inner.view(len(weights), -1, *inner.shape[1:])
+def _readable(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Weights as csrc/dense_block reads them: all of this dtype, or all of float32."""
+    dtypes = {weight.dtype for weight in weights}
+    if dtypes <= {dtype} or dtypes <= {torch.float32}:
+        return list(weights)
+    return [weight.to(dtype) for weight in weights]
 
 
 class ParameterLayout(NamedTuple):
-    """Dtypes, shapes and strides that the gradients of the parameters have."""
+    """Dtypes and strides that the gradients of the parameters have."""
 
     norm_dtype: torch.dtype | None
-    conv1: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]
-    conv2: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]
+    conv1_dtype: torch.dtype
+    conv1_strides: list[tuple[int, ...]]
+    conv2_dtype: torch.dtype
+    conv2_strides: list[tuple[int, ...]]
 
 
 def parameter_layout(tensors: BlockTensors) -> ParameterLayout:
-    dtypes = (p.dtype for p in (*tensors.weights, *tensors.biases) if p is not None)
-    conv1, conv2 = (
-        [(weight.dtype, weight.shape, weight.stride()) for weight in weights]
-        for weights in (tensors.conv1, tensors.conv2)
+    norms = (p.dtype for p in chain(tensors.weights, tensors.biases) if p is not None)
+    return ParameterLayout(
+        next(norms, None),
+        *(tensors.conv1[0].dtype, list(map(Tensor.stride, tensors.conv1))),
+        *(tensors.conv2[0].dtype, list(map(Tensor.stride, tensors.conv2))),
     )
-    return ParameterLayout(next(dtypes, None), conv1, conv2)
 
 
 def _unpack(
-    spec: BlockSpec, parameters: ParameterLayout, gradients: Gradients, needs: Needs
+    spec: BlockSpec, layout: ParameterLayout, gradients: Gradients, needs: Needs
 ) -> list[Tensor | None]:
     """The gradients of ``tensors.differentiable()`` but the first."""
-    affine = gradients.affine
-    if parameters.norm_dtype is not None:
-        affine = affine.to(parameters.norm_dtype)
-    unpacked: list[Tensor | None] = []
-    for row in affine.unbind(0):
-        unpacked += torch.split(row, spec.norm_channels)
-    unpacked = [g if needed else None for g, needed in zip(unpacked, needs.norms, strict=True)]
+    affine = gradients.affine.to(layout.norm_dtype or gradients.affine.dtype)
+    norms = torch.split_with_sizes(affine.view(-1), 2 * spec.norm_channels)
+    unpacked = _asked(norms, needs.norms)
+    dims = 2 + len(spec.kernel)
     if gradients.conv1 is None:
         unpacked += [None] * spec.num_layers
     else:
-        flat = gradients.conv1.to(parameters.conv1[0][0])
-        parts = torch.split(flat, [shape.numel() for _, shape, _ in parameters.conv1])
-        for part, (_, shape, strides), needed in zip(
-            parts, parameters.conv1, needs.conv1, strict=True
-        ):
-            unpacked.append(with_strides(part.view(shape), strides) if needed else None)
+        strides = list(chain(*layout.conv1_strides))
+        packed = gradients.conv1.to(layout.conv1_dtype)
+        cut = _ops.cut_gradients(packed, 0, dims, spec.conv1_sizes, spec.conv1_strides, strides)
+        unpacked += _asked(cut, needs.conv1)
     if gradients.conv2 is None:
         return unpacked + [None] * spec.num_layers
-    images = gradients.conv2.to(parameters.conv2[0][0]).movedim(-1, 2)  # each channels-last
-    if parameters.conv2[0][2][1] != 1:  # one copy for all layers
-        images = images.contiguous()
-    layers = iter(images.unbind(0))
-    for (_, _, strides), needed in zip(parameters.conv2, needs.conv2, strict=True):
-        unpacked.append(with_strides(next(layers), strides) if needed else None)
-    return unpacked
+    present = list(compress(layout.conv2_strides, needs.conv2))
+    packed = gradients.conv2.to(layout.conv2_dtype)
+    sizes, old, new = packed.shape[1:], packed.stride()[1:], chain(*present)
+    numbers = list(sizes) * len(present), list(old) * len(present), list(new)
+    parts = iter(_ops.cut_gradients(packed, 0, dims, *numbers))
+    return unpacked + [next(parts) if needed else None for needed in needs.conv2]
+
+
+def _asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
 
 
 def input_gradients(
     spec: BlockSpec,
-    parameters: ParameterLayout,
+    layout: ParameterLayout,
     gradients: Gradients,
     needs: Needs,
     x_dtype: torch.dtype,
@@ -299,20 +297,34 @@ def input_gradients(
     if grad_projection is not None and projection is not None:
         grad_projection = grad_projection.to(projection.dtype).view(projection.shape)
         grad_projection = with_strides(grad_projection, projection.stride())
-    return [grad_x, grad_projection, *_unpack(spec, parameters, gradients, needs)]
+    return [grad_x, grad_projection, *_unpack(spec, layout, gradients, needs)]
 
 
-def zero_gradients(spec: BlockSpec, x_shape: torch.Size, like: Tensor, needs: Needs) -> Gradients:
+def _new_conv2_gradients(
+    spec: BlockSpec, like: Tensor, conv2: Sequence[Tensor], needs: Needs
+) -> Tensor:
+    """Of the layers that need one, as their weights lie in memory."""
+    sizes = spec.growth, spec.bottleneck, *spec.kernel
+    strides = dense_strides(sizes, channels_last=conv2[0].stride(1) == 1)
+    is_float = all(weight.dtype == torch.float32 for weight in conv2)
+    return like.new_empty_strided(
+        (sum(needs.conv2), *sizes), (math.prod(sizes), *strides),
+        dtype=torch.float32 if is_float else spec.dtype,
+    )  # fmt: skip
+
+
+def zero_gradients(
+    spec: BlockSpec, x_shape: torch.Size, like: Tensor, conv2: Sequence[Tensor], needs: Needs
+) -> Gradients:
     """The gradients of an empty batch."""
     wide = torch.promote_types(spec.dtype, torch.float32)
-    conv1 = spec.bottleneck * sum(spec.norm_channels[: spec.num_layers])
-    conv2 = sum(needs.conv2), spec.growth, *spec.kernel, spec.bottleneck
+    conv1_count = spec.bottleneck * sum(spec.norm_channels[: spec.num_layers])
     return Gradients(
         like.new_zeros(x_shape) if needs.x else None,
         like.new_zeros(spec.in_channels, spec.projected_channels) if needs.projection else None,
         like.new_zeros(2, sum(spec.norm_channels), dtype=wide),
-        like.new_zeros(conv1, dtype=wide),
-        like.new_zeros(conv2),
+        like.new_zeros(conv1_count, dtype=wide),
+        _new_conv2_gradients(spec, like, conv2, needs).zero_(),
     )
 
 

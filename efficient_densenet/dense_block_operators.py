@@ -196,7 +196,8 @@ def _dense_block_backward_operator(
     spec = _spec(conv1, conv2, projection, training, eps, *numbers)
     needs = Needs(needs_x, needs_projection, [], list(needs_conv1), list(needs_conv2))
     if count_rows(x_sizes) == 0:
-        return tuple(_filled(features, zero_gradients(spec, torch.Size(x_sizes), features, needs)))
+        zeros = zero_gradients(spec, torch.Size(x_sizes), features, conv2, needs)
+        return tuple(_filled(features, zeros))
     saved = Saved(features, _given(bottlenecks), statistics, affine, _given(frozen))
     gradients = backward(spec, saved, x, projection, conv1, conv2, mask, grad_result, needs)
     return tuple(_filled(features, gradients))
@@ -209,7 +210,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.flags, ctx.x_dtype, ctx.x_sizes = flags, x.dtype, x.shape
     ctx.list_sizes = list(map(len, lists))
     nones: list[Tensor | None] = []
-    ctx.parameters = parameter_layout(
+    ctx.layout = parameter_layout(
         BlockTensors(list(weights), list(biases), nones, nones, nones, list(conv1), list(conv2))
     )
     result, features, *kept = output
@@ -249,7 +250,7 @@ def _differentiate(ctx: Any, grad_result: Tensor | None, *others: Tensor | None)
     found: list[Any] = [g if need else None for g, need in zip(outputs, asked, strict=True)]
     gradients = Gradients(*found)
     spec = _spec(conv1, conv2, projection, training, eps, *numbers)
-    results = input_gradients(spec, ctx.parameters, gradients, needs, ctx.x_dtype, projection)
+    results = input_gradients(spec, ctx.layout, gradients, needs, ctx.x_dtype, projection)
     grad_x, grad_projection, *parameters = results
     norms = len(eps)
     by_list = [

@@ -9,7 +9,7 @@ TorchScript would compile the other conditions as well.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -183,8 +183,8 @@ class DenseBlock(Block):
         return self.run_plain(x)  # every layer decides for itself
 
     @torch.jit.unused
-    def layer_parts(self) -> dict[str, LayerParts]:
-        return {name: _read(layer) for name, layer in self._modules.items()}
+    def each_layer(self) -> Iterator[tuple[str, LayerParts]]:
+        return ((name, _read(layer)) for name, layer in self._modules.items())
 
     @torch.jit.unused
     def why_not_itself(self) -> str | None:

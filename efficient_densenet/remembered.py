@@ -11,12 +11,12 @@ from __future__ import annotations
 import itertools
 import operator
 import types
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ._extension import _C
 from .arguments import computed_dtype, in_autocast
 from .block_spec import BlockSpec
 from .dense_block_formulas import BlockTensors
@@ -29,85 +29,56 @@ from .lowering import (
     NORMS,
     Refusal,
     any_global_hook,
-    read_attribute,
     synchronises,
 )
 
 # What decides about a module, besides its type, its hooks and what LayerParts tell.
-_NORM_FIELDS = operator.itemgetter("training", "eps", "momentum", "track_running_stats")
-_CONVOLUTION_FIELDS = operator.itemgetter(
-    "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
-)
+_NORM_NAMES = ("training", "eps", "momentum", "track_running_stats")
+_CONVOLUTION_NAMES = ("training", "kernel_size", "stride", "padding", "dilation", "groups",
+                      "padding_mode")  # fmt: skip
+_POOL_NAMES = ("training", "kernel_size", "stride", "padding", "ceil_mode", "divisor_override")
 
 
-_CONVOLUTION_TYPES = frozenset(CONVOLUTIONS.values())
-_POOL_NAMES = ("kernel_size", "stride", "padding", "ceil_mode", "divisor_override")
-
-
-def _pool_fields(own: Mapping[str, Any]) -> object:
-    return tuple(map(own.get, _POOL_NAMES))  # AvgPool1d has no divisor_override
-
-
-class _FieldsOf(dict[type, Any]):
+class _NamesOf(dict[type, tuple[str, ...]]):
     """By the first known class that a class inherits from (timm's norms inherit from torch's)."""
 
-    def __missing__(self, kind: type) -> Any:
+    def __missing__(self, kind: type) -> tuple[str, ...]:
         known = (self[base] for base in kind.__mro__[1:] if base in self)
-        self[kind] = next(known, operator.itemgetter("training"))
+        self[kind] = next(known, ("training",))
         return self[kind]
 
 
-_fields_of = _FieldsOf(
+_names_of = _NamesOf(
     {
-        **dict.fromkeys(NORMS, _NORM_FIELDS),
-        **dict.fromkeys(CONVOLUTIONS.values(), _CONVOLUTION_FIELDS),
-        **dict.fromkeys(AVERAGE_POOLS.values(), _pool_fields),
+        **dict.fromkeys(NORMS, _NORM_NAMES),
+        **dict.fromkeys(CONVOLUTIONS.values(), _CONVOLUTION_NAMES),
+        **dict.fromkeys(AVERAGE_POOLS.values(), _POOL_NAMES),
     }
 )
-_hooks_of = operator.itemgetter(*HOOKS)
 _tensor_facts = operator.attrgetter("shape", "dtype", "device")
 _needs_grad = operator.attrgetter("requires_grad")
-
-
-def _flatten(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """Modules and all inside of them, one level after the other."""
-    level = list(roots)
-    found = level
-    while level:
-        children = [module.__dict__["_modules"].values() for module in level]
-        level = [child for each in children for child in each if child is not None]
-        found = found + level
-    return found
 
 
 def gather_facts(
     x: Tensor,
     layers: Iterable[LayerParts],
-    roots: Iterable[nn.Module],
+    roots: Sequence[nn.Module],
     tensors: BlockTensors,
     extra: object,
 ) -> tuple[object, ...]:
-    """All that :func:`lower` reads.
-
-    Loops are without bytecode where they can be: they run over hundreds of modules in every step.
-    """
-    modules = _flatten(roots)
-    attributes, kinds = list(map(vars, modules)), list(map(type, modules))
-    fields = [_fields_of[kind](own) for kind, own in zip(kinds, attributes, strict=True)]
+    """All that :func:`lower` reads. C++ and loops without bytecode look at hundreds of modules."""
     present = [tensor for tensor in itertools.chain(*tensors[:7]) if tensor is not None]
     absent = [tensor is None for tensor in itertools.chain(*tensors[:7])]
     running = [t for t in itertools.chain(*tensors[2:4]) if t is not None]
-    convolutions = [m for m, kind in zip(modules, kinds, strict=True) if kind in _CONVOLUTION_TYPES]
-    biases = read_attribute(convolutions, "_parameters", "bias")
     sync: list[bool] = []
-    if any(issubclass(kind, nn.SyncBatchNorm) for kind in set(kinds)):
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        modules = (module for root in roots for module in root.modules())
         sync = [synchronises(m) for m in modules if isinstance(m, nn.SyncBatchNorm)]
     return (
         (x.dtype, x.device, x.dim(), x.shape[1:2], min(x.shape[2:], default=0) < 2, extra),
         computed_dtype(x), in_autocast(x), any_global_hook(),
         [kind.forward for kind in LEAVES],
-        kinds, fields, sync, [bias is None for bias in biases],
-        list(map(any, map(_hooks_of, attributes))), ["forward" in own for own in attributes],
+        _C.module_facts(roots, _names_of, HOOKS), sync,
         [parts[7:9] + parts[10:] for parts in layers],
         absent, list(map(_tensor_facts, present)), list(map(type, present)),
         list(map(Tensor.stride, running)),

@@ -8,7 +8,7 @@ the module that reads it as another, and calls every other module as it is.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_tensor, computed_dtype
+from .batch_norm import RunningUpdates
 from .block_spec import BlockSpec, Pool
-from .bn_relu_max_pool import bn_relu_max_pool
+from .bn_relu_max_pool import run_bn_relu_max_pool
 from .concat_bn_relu import concat_bn_relu, recompute_in_backward
 from .dense_block import kernel_path, run_dense_block
 from .layout import block_is_channels_last, convolution_is_channels_last
@@ -140,9 +141,12 @@ def _run_layers(layers: Mapping[str, LayerParts], x: Tensor, storage: SharedStor
 class Block(nn.Module):
     """A dense block, ours or converted, that runs as one operator where it can."""
 
-    def layer_parts(self) -> dict[str, LayerParts]:
-        """The parts of its layers, by their names."""
+    def each_layer(self) -> Iterator[tuple[str, LayerParts]]:
+        """The names and the parts of its layers."""
         raise NotImplementedError
+
+    def layer_parts(self) -> dict[str, LayerParts]:
+        return dict(self.each_layer())
 
     def why_not_itself(self) -> str | None:
         """Why it does not run as one, for reasons that are not its modules'."""
@@ -309,6 +313,7 @@ def run_sequence(
     restores = not torch.compiler.is_compiling() and any(
         isinstance(module, Block) and _drops_elements(module) for module in modules
     )
+    updates = RunningUpdates()
     position, projection, channels_last = 0, None, False
     while position < len(modules) or projection is not None:
         lowered, tensors, reader = None, None, None
@@ -321,12 +326,11 @@ def run_sequence(
             block = modules[position]
             if restores:
                 channels_last = _is_plainly_channels_last(block, x)
-            x = run_dense_block(lowered, tensors, x, block.settings().name)
+            x = run_dense_block(lowered, tensors, x, block.settings().name, updates)
             position, projection = position + 2, reader.conv
-            if projection is None:
-                is_last = position == len(modules)
-                if is_last:
-                    return x, ending != Ending.AVERAGE or reader.pool == Pool.IMAGES
+            if projection is None and position == len(modules):
+                updates.move()
+                return x, ending != Ending.AVERAGE or reader.pool == Pool.IMAGES
         elif projection is not None:
             channels_last = restores and convolution_is_channels_last(
                 x, channels_last, projection.weight, computed_dtype(x)
@@ -334,19 +338,21 @@ def run_sequence(
             x, projection = projection(x), None
             x = in_format(x, channels_last) if restores else x
         else:
+            updates.move()  # before a module is called, which may look at them
             run = _run_unfused if efficient else _call
-            x, position = run(modules, position, x, intermediates is None)
+            x, position = run(modules, position, x, updates, intermediates is None)
         if (
             intermediates is not None
             and position < len(modules)
             and _lowers_resolution(modules[position])
         ):
             intermediates.append(x)
+    updates.move()
     return x, False
 
 
 def _drops_elements(block: Block) -> bool:
-    parts = next(iter(block.layer_parts().values()), None)
+    _, parts = next(block.each_layer(), (None, None))
     return parts is not None and parts.drop_rate > 0 and not parts.drops_channels
 
 
@@ -368,12 +374,14 @@ def _reader_at(modules: Sequence[Any], position: int, ending: Ending) -> Reader 
     return Reader(module, module, None, None, None, pool)
 
 
-def _call(modules: Sequence[Any], position: int, x: Tensor, fuses: bool) -> tuple[Tensor, int]:
+def _call(
+    modules: Sequence[Any], position: int, x: Tensor, updates: RunningUpdates, fuses: bool
+) -> tuple[Tensor, int]:
     return modules[position](x), position + 1
 
 
 def _run_unfused(
-    modules: Sequence[Any], position: int, x: Tensor, fuses: bool
+    modules: Sequence[Any], position: int, x: Tensor, updates: RunningUpdates, fuses: bool
 ) -> tuple[Tensor, int]:
     """The result of one module, or of a norm, its ReLU and what follows; and the next position."""
     module, following = modules[position], modules[position + 1 :]
@@ -392,7 +400,7 @@ def _run_unfused(
     consumers = following[len(relus) :]
     if fuses and consumers and _is_stem(module, relus, x):
         relu = relus[0] if relus else None
-        return _run_stem(module, relu, consumers[0], x), position + 2 + len(relus)
+        return _run_stem(module, relu, consumers[0], x, updates), position + 2 + len(relus)
     x = module(x)
     if isinstance(module, Block) and following and writes_to_input(following):
         x = x.clone()  # The block keeps its result for the backward pass.
@@ -440,9 +448,9 @@ def _is_stem(norm: Any, relus: Sequence[Any], x: Tensor) -> bool:
     )
 
 
-def _run_stem(norm: Any, relu: Any, consumer: Any, x: Tensor) -> Tensor:
+def _run_stem(norm: Any, relu: Any, consumer: Any, x: Tensor, updates: RunningUpdates) -> Tensor:
     """With the stem's max pooling as one operator, or with any other consumer."""
     alone = why_not_norm(norm, relu) is None
     if alone and why_not_max_pool(consumer, x) is None:
-        return bn_relu_max_pool(x, batch_norm(norm))
+        return run_bn_relu_max_pool(x, batch_norm(norm), updates)
     return norm_relu_conv(norm, relu, consumer, [x])

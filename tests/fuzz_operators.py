@@ -119,20 +119,30 @@ def bn_relu_max_pool_backward(case, dtype):
 
 
 def update_running_statistics(case, dtype):
-    channels, count = case.random.randint(1, 9), case.random.randint(0, 4)
-    begins = [case.random.randint(0, channels - 1) for _ in range(count)]
-    lists = [
-        [case.tensor((case.random.choice([0, channels - b]),), dtype) for b in begins]
-        for _ in range(2)
-    ]
-    tracked = [
-        torch.zeros(() if case.random.random() < 0.7 else 0, dtype=torch.int64) for _ in begins
-    ]
-    momentum = [case.random.choice([0.1, *FLOATS]) for _ in begins]
-    cumulative = [case.random.random() < 0.5 for _ in begins]
-    batch = [case.tensor((channels,), torch.float64) for _ in range(2)]
-    rows = case.random.choice([0, 2, 9])
-    return [*batch, rows, begins, *lists, tracked, momentum, cumulative]
+    r = case.random
+    sizes = [r.randint(1, 9) for _ in range(r.randint(1, 3))]
+    batches = [r.randrange(len(sizes)) for _ in range(r.randint(0, 4))]
+    begins = [r.randint(0, sizes[i] - 1) for i in batches]
+    counts = [sizes[i] - begin for i, begin in zip(batches, begins, strict=True)]
+    lists = [[case.tensor((r.choice([0, count]),), dtype) for count in counts] for _ in range(2)]
+    tracked = [torch.zeros(() if r.random() < 0.7 else 0, dtype=torch.int64) for _ in begins]
+    momentum = [r.choice([0.1, *FLOATS]) for _ in begins]
+    cumulative = [r.random() < 0.5 for _ in begins]
+    batch = [[case.tensor((size,), torch.float64) for size in sizes] for _ in range(2)]
+    rows = [r.choice([0, 2, 9]) for _ in sizes]
+    return [*batch, rows, batches, begins, *lists, tracked, momentum, cumulative]
+
+
+def cut_gradients(case, dtype):
+    dims = case.random.randint(1, 5)
+    shapes = [[case.random.randint(0, 4) for _ in range(dims)] for _ in range(3)]
+    parameters = [case.tensor(shape, dtype) for shape in shapes]
+    contiguous = [torch.empty(shape).stride() for shape in shapes]
+    strides = [parameter.stride() for parameter in parameters]
+    lists = [[n for numbers in per_piece for n in numbers]
+             for per_piece in (shapes, contiguous, strides)]  # fmt: skip
+    packed = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=dtype)
+    return [packed, 0, dims, *lists]
 
 
 def block_arguments(case, dtype):
@@ -151,6 +161,7 @@ def block_arguments(case, dtype):
     drops = r.random() < 0.2
     pooled = [[*spatial], [size // 2 for size in spatial], [1] * len(spatial)][pool]
     inputs = first if projected is None else projected
+    weights = r.choice([dtype, dtype, torch.float32])
     x = case.images(n, inputs, spatial, dtype)
     if projected is None and r.random() < 0.5:
         x = case.tensor(x.shape, r.choice(DTYPES))
@@ -161,8 +172,10 @@ def block_arguments(case, dtype):
         "features": case.images(n, channels, spatial, dtype, r.choice([0, 3])),
         "bottlenecks": case.tensor((layers, rows, bottleneck), dtype) if r.random() < 0.5 else None,
         "statistics": case.tensor((2, channels + layers * bottleneck), torch.float64).abs(),
-        "conv1": case.tensor((bottleneck * sum(counts),), dtype),
-        "conv2": case.tensor((layers, growth, *kernel, bottleneck), dtype),
+        "conv1": [
+            case.tensor((bottleneck, count, *[1] * len(spatial)), weights) for count in counts
+        ],
+        "conv2": [case.tensor((growth, bottleneck, *kernel), weights) for _ in counts],
         "affine": case.tensor((2, sum(norms)), wide(dtype)),
         "frozen": case.tensor((2, frozen_count), torch.float64).abs() if frozen else None,
         "frozen_norms": frozen,
@@ -184,17 +197,20 @@ def dense_block_layers_backward(case, dtype):
     arguments, has_reader, y = block_arguments(case, dtype)
     r, features = case.random, arguments["features"]
     del arguments["x"], arguments["projection"]
-    layers = arguments["conv2"].size(0)
+    layers, conv1, conv2 = len(arguments["conv2"]), arguments["conv1"], arguments["conv2"]
     needs = [[r.randint(0, 1) for _ in range(layers)] for _ in range(2)]
     n, channels, *spatial = features.shape
-    inputs = channels - layers * arguments["conv2"].size(1)
+    growth, bottleneck, *kernel = conv2[0].shape
+    weights = r.choice([dtype, torch.float32])
+    inputs = channels - layers * growth
     return [
         y if has_reader else case.tensor(features.shape, r.choice(DTYPES)), *arguments.values(),
         has_reader, case.images(n, channels, spatial, wide(dtype)),
         r.choice([None, case.images(n, inputs, spatial, dtype)]),
         torch.empty_like(arguments["affine"]),
-        torch.empty_like(arguments["conv1"], dtype=wide(dtype)) if any(needs[0]) else None,
-        needs[0], torch.empty_like(arguments["conv2"][: sum(needs[1])]), needs[1],
+        torch.empty(sum(w.numel() for w in conv1), dtype=wide(dtype)) if any(needs[0]) else None,
+        needs[0], torch.empty((sum(needs[1]), growth, bottleneck, *kernel), dtype=weights),
+        needs[1],
     ]  # fmt: skip
 
 
@@ -295,6 +311,8 @@ PYTHON_SAMPLES = [
     dense_block,
     dense_block_backward,
 ]
+# Those that are made of other operators, for any device.
+COMPOSITE_SAMPLES = [cut_gradients]
 
 
 # Arguments of operators that no sample is written for: any values of the right types.
@@ -325,7 +343,9 @@ def any_arguments(operator):
 
 
 def all_samples():
-    samples = {sample.__name__: sample for sample in (*SAMPLES, *PYTHON_SAMPLES)}
+    samples = {
+        sample.__name__: sample for sample in (*SAMPLES, *PYTHON_SAMPLES, *COMPOSITE_SAMPLES)
+    }
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, short = name.partition("::")
         if namespace == "efficient_densenet" and short not in samples:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from efficient_densenet import BatchNorm
-from efficient_densenet.batch_norm import update_running_statistics
+from efficient_densenet.batch_norm import RunningUpdates
 from reference import in_format
 
 CHANNELS = [3, 1, 5]
@@ -37,6 +37,19 @@ def plain_update(norm, x, begin):
         momentum = 1 / float(count)
     x = x[:, begin : begin + norm.running_mean.numel()].to(norm.running_mean.dtype)
     F.batch_norm(x, norm.running_mean, norm.running_var, training=True, momentum=momentum)
+
+
+def update_running_statistics(norms, *batch):
+    updates = RunningUpdates()
+    add(updates, norms, *batch)
+    updates.move()
+
+
+def add(updates, norms, mean, var, rows):
+    begins, norms = zip(*norms, strict=True)
+    fields = ("running_mean", "running_var", "num_batches_tracked")
+    buffers = [[getattr(norm, field) for norm in norms] for field in fields]
+    updates.add(begins, buffers, [norm.momentum for norm in norms], mean, var, rows)
 
 
 def copies(norms):
@@ -82,13 +95,35 @@ def test_norms_that_share_buffers_move_twice(device, strided):
 
 
 def test_what_does_not_move(device):
-    frozen = make_norms(device, False)[0]._replace(training=False)
     without = BatchNorm(None, None, training=True)
-    before = frozen.running_mean.clone()
     mean = torch.ones(9, device=device, dtype=torch.float64)
-    update_running_statistics([(0, frozen), (3, without)], mean, mean, 7)
-    update_running_statistics([], mean, mean, 7)
-    assert torch.equal(frozen.running_mean, before) and frozen.num_batches_tracked == 7
+    update_running_statistics([(3, without)], mean, mean, 7)
+    RunningUpdates().move()
+
+
+@pytest.mark.parametrize("count", [2, 150])
+@pytest.mark.parametrize("shared", [False, True])
+def test_batches_of_several_blocks_move_in_one_call(device, count, shared):
+    """With rows and statistics of their own; a norm that they share, once for each."""
+    updates, expected = RunningUpdates(), []
+    for i in range(count):
+        if i == 0 or not shared:
+            norms = make_norms(device, strided=i % 2 == 1)
+            moved = copies(norms)
+        x = torch.randn(3 + i % 5, 9, 4, device=device)
+        for norm, begin in zip(moved, [0, 3, 4], strict=True):
+            plain_update(norm, x, begin)
+        wide = x.double()
+        batch = wide.mean((0, 2)), wide.var((0, 2), correction=0), x.size(0) * 4
+        add(updates, list(zip([0, 3, 4], norms, strict=True)), *batch)
+        expected.append((norms, moved))
+    updates.move()
+    updates.move()  # nothing waits any more
+    for norms, moved in expected:
+        for ours, plain in zip(norms, moved, strict=True):
+            for found, value in zip(ours[:2], plain[:2], strict=True):
+                torch.testing.assert_close(found, value)
+            assert torch.equal(ours.num_batches_tracked, plain.num_batches_tracked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

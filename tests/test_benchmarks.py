@@ -57,7 +57,7 @@ def test_bytes_of_a_layer():
     layer = kernels.Layer("tiny", 1, 2, channels=3, total=8, outputs=5)
     x, z, w = 256 * 3, 256 * 5, 15
     assert layer.nbytes("forward", torch.bfloat16) == 2 * (x + z + w)
-    assert layer.nbytes("grad input", torch.float32) == 4 * (x + z + w) + 8 * x
+    assert layer.nbytes("grad input", torch.float32) == 4 * (x + z + w) + 8 * x + 8 * z
     assert layer.nbytes("grad weight", torch.float32) == 4 * (x + z + w) + 4 * w
 
 
@@ -65,7 +65,7 @@ def test_bytes_of_a_3x3_convolution():
     layer = kernels.Layer("tiny", 1, 2, channels=3, total=3, outputs=5, kernel=3)
     x, z, w = 256 * 3, 256 * 5, 9 * 15
     assert layer.nbytes("forward", torch.bfloat16) == 2 * (x + z + w)
-    assert layer.nbytes("grad input", torch.float32) == 4 * (x + z + w) + 8 * z + 16 * x
+    assert layer.nbytes("grad input", torch.float32) == 4 * (x + z + w) + 8 * z + 4 * x
     assert layer.nbytes("grad weight", torch.float32) == 4 * (x + z + w) + 4 * w
 
 
@@ -89,8 +89,8 @@ def test_table_of_kernels(kernel):
 def test_a_layer_is_measured(kernel):
     layer = kernels.Layer("tiny", 1, 8, channels=36, total=48, outputs=24, kernel=kernel)
     row = kernels.measure(layer, torch.bfloat16, bandwidth=3e12, repeats=2)
-    for part, names in kernels.PARTS[kernel].items():
-        assert row[part]["us"] > 0 and all(row[part]["kernels"][name] > 0 for name in names)
+    for part in kernels.PARTS[kernel]:
+        assert row[part]["us"] > 0
         assert kernel == 1 or row[part]["cudnn us"] > 0
     assert row["torch forward us"] > 0 and row["torch backward us"] > 0
 
@@ -198,12 +198,12 @@ def test_graphs_need_a_gpu(tiny):
 
 
 @requires_cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast"])
 @pytest.mark.parametrize("row", ["plain-graphed", "ours-graphed"])
-def test_graphed_row_of_a_gpu(tiny, row):
-    measured = train_step.measure(tiny(row, device="cuda"))
+def test_graphed_row_of_a_gpu(tiny, row, precision):
+    measured = train_step.measure(tiny(row, precision, device="cuda"))
     assert measured.step_ms > 0 and measured.reserved_bytes > 0 and measured.note == ""
     assert measured.activation_bytes is measured.graph_ms is None and measured.launches > 0
-    assert "without autocast" in train_step.measure(tiny(row, "bf16-autocast", device="cuda")).note
 
 
 @requires_cuda
@@ -211,6 +211,13 @@ def test_profile(tiny):
     text = train_step.profile(tiny("ours", device="cuda"))
     assert "tiny fp32 ours" in text and "kernels" in text
     assert 5 < text.count("\n|") <= train_step.PROFILED_KERNELS + 2
+
+
+@pytest.mark.parametrize("table", ["train_step", "inference", "kernels"])
+def test_no_table_outlives_its_kernels(table):
+    """A table of other kernels has to be measured again: python benchmarks/TABLE.py on a GPU."""
+    origin = json.loads((common.RESULTS / f"{table}.json").read_text())["origin"]
+    assert origin.get("kernels") == common.digest_of_kernels()
 
 
 def test_table():

@@ -26,7 +26,9 @@ KERNELS += ("bn_relu_conv1x1_grad_weight_kernel",)
 
 @dataclasses.dataclass
 class Problem:
-    """One layer's norm1 and conv1, and what comes back; numbers per channel are float."""
+    """One layer's norm1 and conv1, and what comes back through norm2; numbers per channel are
+    float.
+    """
 
     x: Tensor  # [M, C], a window of a wider matrix
     mean: Tensor
@@ -34,7 +36,9 @@ class Problem:
     weight: Tensor | None
     bias: Tensor | None
     conv1: Tensor  # [N, C]
-    grad_z: Tensor
+    grad_a2: Tensor  # of relu(norm2(z))
+    z: Tensor
+    coefficients: Tensor  # mean, scale, bias, offset, slope of norm2: how it becomes that of z
     grad_features: Tensor  # what other readers have sent back
     correction: Tensor
 
@@ -43,6 +47,14 @@ class Problem:
         xhat = (self.x.double() - self.mean) / (self.var + BN_EPS).sqrt()
         weight = 1 if self.weight is None else self.weight.double()
         return xhat * weight + (0 if self.bias is None else self.bias.double())
+
+    def grad_z(self, dtype, corrects=True) -> Tensor:
+        """Computed in `dtype`, but for 16-bit ones in float32."""
+        working = torch.promote_types(dtype, torch.float32)
+        mean, scale, bias, offset, slope = self.coefficients.to(working)
+        centred = self.z.to(working) - mean
+        dz = self.grad_a2.to(working) * (centred * scale + bias > 0)
+        return (scale * dz - offset - corrects * centred * slope).to(dtype)
 
     def norm(self):
         return self.mean, self.var, self.weight, self.bias, BN_EPS
@@ -71,6 +83,8 @@ def make_problem(
         (0.3 * randn(channels)).float().cuda() if affine else None,
         (randn(outputs, channels) / channels**0.5).to(dtype).cuda(),
         randn(rows, outputs).to(dtype).cuda(),
+        randn(rows, outputs).to(dtype).cuda(),
+        (torch.tensor([[0.2], [1], [0], [0], [0]]) + 0.3 * randn(5, outputs)).float().cuda(),
         gradients[:, :channels],
         randn(2, channels).cuda(),
     )
@@ -78,6 +92,11 @@ def make_problem(
     near = problem.y().abs() < 1e-3
     problem.x[near] = (problem.x.double() + 0.5 * stds.cuda())[near].to(dtype)
     assert (problem.y().abs() > 1e-5).all()
+    mean, scale, bias, *_ = problem.coefficients.double()
+    scale.clamp_(min=0.2)
+    problem.coefficients[1] = scale.float()
+    near = ((problem.z.double() - mean) * scale + bias).abs() < 1e-2
+    problem.z[near] = (problem.z.double() + 0.5 / scale)[near].to(dtype)
     return problem
 
 
@@ -89,30 +108,32 @@ def forward(p: Problem, moments=True):
     return {"z": z, "mean": stats[0], "var": stats[1]} if moments else {"z": z}
 
 
-def backward(p: Problem, batch_statistics=True, grad_conv1=True):
+def backward(p: Problem, batch_statistics=True, grad_conv1=True, corrects=True):
     channels = p.x.size(1)
     buffer = torch.full((len(p.x), p.grad_features.stride(0)), torch.nan, device="cuda")
     grad_features, correction = buffer[:, :channels], p.correction.clone()
     grad_features.copy_(p.grad_features)
     affine = torch.full((2, channels), torch.nan, device="cuda")
     conv1 = torch.full(p.conv1.shape, torch.nan, device="cuda") if grad_conv1 else None
+    grad_z = torch.full(p.z.shape, torch.nan, dtype=p.z.dtype, device="cuda")
     OPS.bn_relu_conv1x1_backward(
-        p.grad_z, p.x, *p.norm(), p.conv1, grad_features, affine, correction, batch_statistics,
-        conv1,
+        p.grad_a2, p.z, p.coefficients, corrects, p.x, *p.norm(), p.conv1, grad_z, grad_features,
+        affine, correction, batch_statistics, conv1,
     )  # fmt: skip
     # What lies behind the columns belongs to others.
     assert buffer[:, channels:].isnan().all()
     found = {"G": grad_features, "grad_weight": affine[0], "grad_bias": affine[1]}
-    found |= {"S1": correction[0], "S2": correction[1]}
+    found |= {"S1": correction[0], "S2": correction[1], "grad_z": grad_z}
     return found | ({"grad_conv1": conv1} if grad_conv1 else {})
 
 
-def reference(p: Problem, dtype, batch_statistics=True) -> dict[str, Tensor]:
+def reference(p: Problem, dtype, batch_statistics=True, corrects=True) -> dict[str, Tensor]:
     """All of it with torch's operators: products in `dtype`, the rest in float64."""
     y = p.y()
     a = y.clamp_min(0).to(dtype)
     z = a @ p.conv1.to(dtype).T
-    grad_a = (p.grad_z.to(dtype) @ p.conv1.to(dtype)).double()
+    grad_z = p.grad_z(dtype, corrects)
+    grad_a = (grad_z @ p.conv1.to(dtype)).double()
     dz = grad_a * (y > 0)
     inverse_std = 1 / (p.var + BN_EPS).sqrt()
     scale = inverse_std * (1 if p.weight is None else p.weight.double())
@@ -130,7 +151,8 @@ def reference(p: Problem, dtype, batch_statistics=True) -> dict[str, Tensor]:
         "grad_bias": grad_bias,
         "S1": correction[0] + used * scale * grad_bias,
         "S2": correction[1] + used * scale * inverse_std * grad_weight,
-        "grad_conv1": (p.grad_z.to(dtype).T @ a).double(),
+        "grad_conv1": (grad_z.T @ a).double(),
+        "grad_z": grad_z.double(),
     }
 
 
@@ -195,7 +217,7 @@ def test_random_shapes(dtype, seed, tf32):
         int(torch.randint(*limit, (), generator=generator)) for limit in limits
     )
     p = make_problem(rows, channels, outputs, dtype, padding=padding, seed=seed)
-    assert_kernels_match(p, batch_statistics=seed % 3 != 0)
+    assert_kernels_match(p, batch_statistics=seed % 3 != 0, corrects=seed % 4 != 0)
 
 
 @requires_tensor_cores
@@ -236,8 +258,8 @@ def as_tf32(x: Tensor) -> Tensor:
 def test_tf32_rounds_operands_to_nearest():
     """So z and the gradients are exact products of rounded operands, up to float32's sums."""
     p = make_problem(500, 100, 64, torch.float32)
-    a, w, dz = as_tf32(p.y().clamp_min(0)), as_tf32(p.conv1.double()), as_tf32(p.grad_z.double())
     ours = forward(p) | backward(p)
+    a, w, dz = map(as_tf32, (p.y().clamp_min(0), p.conv1.double(), ours["grad_z"].double()))
     # A result of float32 next to a tie is rounded to the other side now and then.
     assert relative_error(ours["z"], a @ w.T) < 2e-5  # rounded downwards it would be 4e-4
     assert relative_error(ours["grad_conv1"], dz.T @ a) < 2e-5
@@ -284,26 +306,33 @@ def test_nan_stays_in_its_row(dtype, tf32):
 @requires_tensor_cores
 def test_offsets_beyond_32_bits():
     """M times the row stride of x and G passes 2^31; operands are the last rows of large memory."""
-    rows, stride, channels = 2**31 // 32 + 1000, 32, 24
+    rows, stride, channels = 2**31 // 2048 + 1000, 2048, 24
     buffer = torch.empty(rows, stride, dtype=torch.bfloat16, device="cuda")
     gradients = torch.empty(rows, stride, device="cuda")
     p = make_problem(1000, channels, 48, torch.bfloat16, padding=stride - channels)
-    expected_z, expected = forward(p, moments=False)["z"], backward(p, grad_conv1=False)
+    expected_z = forward(p, moments=False)["z"]
     buffer.zero_()
     buffer[-1000:, :channels] = p.x
     gradients[-1000:, :channels] = p.grad_features
-    grad_z = torch.zeros(rows, 48, dtype=torch.bfloat16, device="cuda")
-    grad_z[-1000:] = p.grad_z
+    grad_a2 = torch.zeros(rows, 48, dtype=torch.bfloat16, device="cuda")
+    grad_a2[-1000:] = p.grad_a2
+    p.coefficients[3] = 0  # so that rows of zeros send back zeros
     z = torch.empty(rows, 48, dtype=torch.bfloat16, device="cuda")
     x, norm = buffer[:, :channels], p.norm()
     OPS.bn_relu_conv1x1(x, *norm, p.conv1, z, None)
     assert torch.equal(z[-1000:], expected_z)
+    z[-1000:] = p.z
     affine, correction = torch.empty(2, channels, device="cuda"), p.correction.clone()
     conv1 = torch.empty(48, channels, device="cuda")
     G = gradients[:, :channels]
-    OPS.bn_relu_conv1x1_backward(grad_z, x, *norm, p.conv1, G, affine, correction, True, conv1)
+    grad = grad_a2, z, p.coefficients, False
+    OPS.bn_relu_conv1x1_backward(
+        *grad, x, *norm, p.conv1, grad_a2, G, affine, correction, True, conv1
+    )
+    expected = backward(p, grad_conv1=False, corrects=False)
     assert torch.equal(G[-1000:], expected["G"])
-    exact = reference(p, torch.float64)
+    assert torch.equal(grad_a2[-1000:], expected["grad_z"])  # in place
+    exact = reference(p, torch.float64, corrects=False)
     assert relative_error(conv1, exact["grad_conv1"]) < 1e-2
     assert relative_error(affine[1], exact["grad_bias"]) < 1e-2
 
@@ -337,8 +366,8 @@ def test_opcheck():
     call = p.x, *p.norm(), p.conv1, z, moments
     torch.library.opcheck(OPS.bn_relu_conv1x1, call, test_utils=tests)
     affine, conv1 = torch.empty(2, 24, device="cuda"), torch.empty(48, 24, device="cuda")
-    call = p.grad_z, p.x, *p.norm(), p.conv1, p.grad_features, affine, p.correction
-    call += True, conv1
+    call = p.grad_a2, p.z, p.coefficients, True, p.x, *p.norm(), p.conv1, z, p.grad_features
+    call += affine, p.correction, True, conv1
     torch.library.opcheck(OPS.bn_relu_conv1x1_backward, call, test_utils=tests)
 
 

@@ -107,14 +107,17 @@ def forward(p: Problem, moments=True):
 
 def backward(p: Problem, batch_statistics=True, grad_conv2=True):
     rows, channels = p.z.shape
-    grad_z = torch.full((rows, channels), torch.nan, dtype=p.z.dtype, device="cuda")
-    affine = torch.full((2, channels), torch.nan, device="cuda")
+    grad_a = torch.full((rows, channels), torch.nan, dtype=p.z.dtype, device="cuda")
+    affine, coefficients = torch.full((7, channels), torch.nan, device="cuda").split((2, 5))
     conv2 = torch.full(p.conv2.shape, torch.nan, dtype=p.z.dtype, device="cuda")
     OPS.bn_relu_conv3x3_backward(
         p.grad_features, p.y, p.y_mean, p.correction, p.z, *p.norm(), p.conv2, *p.images[1:],
-        grad_z, affine, batch_statistics, conv2 if grad_conv2 else None,
+        grad_a, affine, coefficients, batch_statistics, conv2 if grad_conv2 else None,
     )  # fmt: skip
-    found = {"grad_z": grad_z, "grad_weight": affine[0], "grad_bias": affine[1]}
+    mean, scale, _, offset, slope = coefficients.double()
+    grad_z = scale * grad_a.double() - offset - (p.z.double() - mean) * slope
+    found = {"grad_a": grad_a, "grad_z": grad_z.to(p.z.dtype)}
+    found |= {"grad_weight": affine[0], "grad_bias": affine[1]}
     return found | ({"grad_conv2": conv2} if grad_conv2 else {})
 
 
@@ -140,6 +143,7 @@ def reference(p: Problem, dtype, batch_statistics=True) -> dict[str, Tensor]:
         "y": y,
         "mean": y.mean(0),
         "var": y.var(0, correction=0),
+        "grad_a": dz,
         "grad_z": (scale * (dz - returned)).to(dtype).double(),
         "grad_weight": grad_weight,
         "grad_bias": grad_bias,
@@ -277,7 +281,7 @@ def test_nan_reaches_its_neighbours_only(dtype, tf32):
 @requires_tensor_cores
 def test_offsets_beyond_32_bits():
     """M times the row strides passes 2^31; operands are the last images of large memory."""
-    rows, stride, images = (2**31 // 32 // 400 + 3) * 400, 32, (2, 20, 20)
+    rows, stride, images = (2**31 // 2048 // 400 + 3) * 400, 2048, (2, 20, 20)
     p = make_problem(images, 40, 12, torch.bfloat16, padding=stride - 12)
     expected = forward(p, moments=False)["y"]
     count = images[0] * 400
@@ -292,13 +296,14 @@ def test_offsets_beyond_32_bits():
     y.zero_()
     g = torch.zeros(rows, stride, device="cuda")
     g[-count:, :12] = p.grad_features
-    grad_z = torch.empty_like(z)
-    affine, conv2 = torch.empty(2, 40, device="cuda"), torch.empty_like(p.conv2)
+    grad_a = torch.empty_like(z)
+    affine, coefficients = torch.empty(7, 40, device="cuda").split((2, 5))
+    conv2 = torch.empty_like(p.conv2)
     OPS.bn_relu_conv3x3_backward(
-        g[:, :12], y[:, :12], p.y_mean, zeros, z, *p.norm(), p.conv2, 20, 20, grad_z, affine,
-        False, conv2,
+        g[:, :12], y[:, :12], p.y_mean, zeros, z, *p.norm(), p.conv2, 20, 20, grad_a, affine,
+        coefficients, False, conv2,
     )  # fmt: skip
-    assert torch.equal(grad_z[-count:], expected["grad_z"])
+    assert torch.equal(grad_a[-count:], expected["grad_a"])
     for value, name in ((affine[0], "grad_weight"), (conv2, "grad_conv2")):
         assert relative_error(value, expected[name]) < 1e-2
 
@@ -332,7 +337,7 @@ def test_opcheck():
     call = p.z, *p.norm(), p.conv2, 4, 4, y, moments
     torch.library.opcheck(OPS.bn_relu_conv3x3, call, test_utils=tests)
     call = p.grad_features, p.y, p.y_mean, p.correction, p.z, *p.norm(), p.conv2, 4, 4
-    call += torch.empty_like(p.z), torch.empty(2, 48, device="cuda"), True
+    call += torch.empty_like(p.z), *torch.empty(7, 48, device="cuda").split((2, 5)), True
     call += (torch.empty_like(p.conv2),)
     torch.library.opcheck(OPS.bn_relu_conv3x3_backward, call, test_utils=tests)
 

@@ -59,7 +59,7 @@ def test_right_calls_succeed(name, seed):
     getattr(OPS, name)(*case_of(name, seed).values())
 
 
-COUNTED = "mean", "var", "conv1", "dropout_mask", "grad_conv1", "grad_conv2", "bottlenecks"
+COUNTED = "mean", "var", "conv1", "dropout_mask", "grad_conv1", "bottlenecks"
 WRONG = {
     "dtype": lambda t: t.to(torch.complex64),
     "no dims": lambda t: t.new_zeros(()),
@@ -158,8 +158,10 @@ def test_refusals_of_a_block(changes, text):
 def test_even_kernels_are_refused():
     """Their results are smaller than the images."""
     arguments = case_of("dense_block_layers", seed=3)
-    conv2 = arguments["conv2"]
-    arguments["conv2"] = conv2.new_zeros(*conv2.shape[:2], *[2] * (conv2.dim() - 3), conv2.size(-1))
+    arguments["conv2"] = [
+        weight.new_zeros(*weight.shape[:2], *[2] * (weight.dim() - 2))
+        for weight in arguments["conv2"]
+    ]
     check_refusal("dense_block_layers", arguments, "conv2: expected odd kernel sizes")
 
 
@@ -221,8 +223,8 @@ def test_tensors_that_require_gradients(device):
     arguments = float_block(device)
     OPS.dense_block_layers(*arguments.values())
     expected = arguments["features"].clone()
-    for name in ("x", "conv1", "conv2", "affine"):
-        arguments[name].requires_grad_()
+    for tensor in (arguments["x"], arguments["affine"], *arguments["conv1"], *arguments["conv2"]):
+        tensor.requires_grad_()
     OPS.dense_block_layers(*arguments.values())
     assert torch.equal(arguments["features"], expected)
     assert torch.is_grad_enabled() and not arguments["features"].requires_grad
@@ -234,8 +236,9 @@ def float_block(device):
         x=torch.randn(2, 3, 5, 5, device=device), projection=None,
         features=torch.zeros(2, 5, 5, 7, device=device).movedim(-1, 1), bottlenecks=None,
         statistics=torch.zeros(2, 7 + 2 * 4, dtype=torch.float64, device=device),
-        conv1=torch.randn(4 * (3 + 5), device=device),
-        conv2=torch.randn(2, 2, 3, 3, 4, device=device), affine=torch.randn(2, 16, device=device),
+        conv1=[torch.randn(4, channels, 1, 1, device=device) for channels in (3, 5)],
+        conv2=[torch.randn(2, 4, 3, 3, device=device) for _ in range(2)],
+        affine=torch.randn(2, 16, device=device),
         frozen=torch.rand(2, 16, dtype=torch.float64, device=device) + 0.5,
         frozen_norms=[0, 1, 2, 3], eps=[1e-5] * 4, dropout_mask=None, dropout_scale=1.0, pool=0,
         allow_tf32=False, products_match_convolutions=True, inference=False, y=None,
@@ -252,7 +255,7 @@ def moved(device, running, batch, rows, momentum):
     running = [r.to(device).clone() for r in running]
     tracked = torch.zeros((), dtype=torch.int64, device=device)
     OPS.update_running_statistics(
-        mean, var, rows, [0], [running[0]], [running[1]], [tracked], [momentum], [False]
+        [mean], [var], [rows], [0], [0], [running[0]], [running[1]], [tracked], [momentum], [False]
     )
     return [r.cpu() for r in running], tracked.item()
 
@@ -297,8 +300,9 @@ def test_an_empty_batch_is_counted_only(device):
 
 def statistics_arguments(**changes):
     arguments = dict(
-        mean=torch.zeros(9, dtype=torch.float64), var=torch.ones(9, dtype=torch.float64), rows=4,
-        begins=[0, 4], running_mean=[torch.zeros(4), torch.zeros(5)],
+        mean=[torch.zeros(9, dtype=torch.float64)], var=[torch.ones(9, dtype=torch.float64)],
+        rows=[4], batches=[0, 0], begins=[0, 4],
+        running_mean=[torch.zeros(4), torch.zeros(5)],
         running_var=[torch.ones(4), torch.ones(5)],
         num_batches_tracked=[torch.tensor(0), torch.tensor(0)], momentum=[0.1, 0.1],
         cumulative=[False, False],
@@ -309,15 +313,21 @@ def statistics_arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        (dict(rows=1), "rows: expected 0 or more than one value per channel, got 1"),
-        (dict(rows=-1), "rows: expected"),
+        (dict(rows=[1]), "rows: expected 0 or more than one value per channel, got 1"),
+        (dict(rows=[-1]), "rows: expected"),
         (dict(begins=[0, 5]), "begins: expected the first of 5 channels"),
         (dict(begins=[0, -1]), "begins: expected the first of 5 channels"),
         (dict(begins=[0, 2**63 - 1]), "begins: expected the first of 5 channels"),
         (dict(begins=[0]), "begins: expected lists with one entry per norm"),
         (dict(cumulative=[]), "begins: expected lists with one entry per norm"),
-        (dict(var=torch.ones(8, dtype=torch.float64)), "var: expected"),
-        (dict(mean=torch.zeros(9)), "mean: expected float64"),
+        (dict(var=[torch.ones(8, dtype=torch.float64)]), "var: expected"),
+        (dict(var=[]), "mean: expected as many as of var"),
+        (dict(rows=[4, 4]), "mean: expected as many as of var"),
+        (dict(mean=[], var=[], rows=[]), "mean: expected at least one"),
+        (dict(batches=[0, 1]), "batches: expected numbers below 1, got 1"),
+        (dict(batches=[-1, 0]), "batches: expected numbers below 1, got -1"),
+        (dict(batches=[0]), "begins: expected lists with one entry per norm"),
+        (dict(mean=[torch.zeros(9)]), "mean: expected float64"),
         (dict(running_mean=[torch.zeros(4), torch.zeros(4)]), "running_var: expected as many"),
         (dict(running_mean=[torch.zeros(4), torch.zeros(5).int()]), "running_mean: expected"),
         (dict(running_var=[torch.ones(4), torch.ones(1).expand(5)]), "running_var: expected"),
@@ -338,8 +348,8 @@ def test_a_shared_norm_moves_once_for_each_layer(device, count, cumulative):
     mean, var = torch.zeros(7, device=device), torch.ones(7, device=device)
     tracked = torch.tensor(0, device=device)
     OPS.update_running_statistics(
-        *batch, 5, [7 * i for i in range(count)], [mean] * count, [var] * count, [tracked] * count,
-        [0.3] * count, [cumulative] * count,
+        *([statistics] for statistics in batch), [5], [0] * count, [7 * i for i in range(count)],
+        [mean] * count, [var] * count, [tracked] * count, [0.3] * count, [cumulative] * count,
     )  # fmt: skip
     expected = torch.zeros(7), torch.ones(7)
     for i, one in enumerate(batch.cpu().unflatten(1, (count, 7)).unbind(1)):

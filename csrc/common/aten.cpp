@@ -109,6 +109,25 @@ void wide_mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   call_and_drop_result("aten::mm", "dtype_out", stack);
 }
 
+Tensor as_strided(const Tensor& x, const Sizes& sizes, const Sizes& strides, int64_t offset) {
+  std::array<StableIValue, 4> stack{from(x), from(sizes), from(strides),
+                                    from(std::optional(offset))};
+  call("aten::as_strided", "", stack);
+  return to<Tensor>(stack[0]);
+}
+
+Tensor new_empty_strided(const Tensor& x, const Sizes& sizes, const Sizes& strides) {
+  std::array<StableIValue, 7> stack{from(x),
+                                    from(sizes),
+                                    from(strides),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt)};
+  call("aten::new_empty_strided", "", stack);
+  return to<Tensor>(stack[0]);
+}
+
 void copy(const Tensor& x, const Tensor& out) {
   std::array<StableIValue, 3> stack{from(out), from(x), from(false)};
   call_and_drop_result("aten::copy_", "", stack);

@@ -39,6 +39,12 @@ void mm_out(const Tensor& a, const Tensor& b, const Tensor& out);
 // The same where `out` is of a wider type, so that sums of 16-bit products are not rounded.
 void wide_mm_out(const Tensor& a, const Tensor& b, const Tensor& out);
 
+// A view of x's memory from an element on.
+Tensor as_strided(const Tensor& x, const Sizes& sizes, const Sizes& strides, int64_t offset);
+
+// Of the dtype and device of x.
+Tensor new_empty_strided(const Tensor& x, const Sizes& sizes, const Sizes& strides);
+
 // out = x, whatever the dtypes and strides.
 void copy(const Tensor& x, const Tensor& out);
 

@@ -48,6 +48,9 @@ struct KernelArgs {
   int64_t channels;
   void* stream = nullptr;                     // CUDA only
   std::function<double*(int64_t)> workspace;  // CUDA only: scratch of so many doubles
+  // CUDA only: so many floats, which stay until the second call after this one that asks.
+  std::function<float*(int64_t)> weight_parts;
+  std::function<uint32_t*(int64_t)> tickets;  // CUDA only: so many of last_block.cuh, which are 0
 };
 
 // Per-channel arrays [C]. Weight and bias are float or double (is_double) and may be null: 1 and 0.
@@ -79,6 +82,9 @@ struct Gradients {
   void* grad_weight;      // [C], out
   void* grad_bias;        // [C], out
   bool batch_statistics;  // mean and var depend on the features
+  // Of float or 16-bit features, on CUDA: [5, C], out, what else makes the gradient of a feature of
+  // that of y (NormGradCoefficients in cuda/elementwise/sums.cuh); null: not asked for.
+  float* coefficients = nullptr;
 };
 
 namespace cpu {
@@ -94,6 +100,12 @@ void concat_bn_stats(const KernelArgs& args, const Statistics& statistics);
 void concat_bn_relu(const KernelArgs& args, const BatchNorm& bn, const View& y);
 void concat_bn_relu_backward(const KernelArgs& args, const BatchNorm& bn,
                              const Gradients& gradients);
+// Its halves: the sums over the rows, and the gradients of the features, from those and from
+// grad_y, whose elements behind a closed ReLU may be 0 already.
+void concat_bn_relu_backward_sums(const KernelArgs& args, const BatchNorm& bn,
+                                  const Gradients& gradients);
+void concat_bn_relu_backward_features(const KernelArgs& args, const BatchNorm& bn,
+                                      const Gradients& gradients);
 }  // namespace cuda
 
 }  // namespace efficient_densenet

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/tensors.h"
+#include "operators/packed_weights.h"
 
 namespace efficient_densenet {
 
@@ -57,11 +58,20 @@ class KernelCall {
     return {data, data + channels, nullptr};
   }
 
-  Tensor new_bytes(int64_t count) const { return empty({count}, ScalarType::Byte, x_.device()); }
+  Tensor packed(const WeightsToPack& weights) const {
+    const int64_t bytes = cuda::packed_bytes(element_, rows_, weights, 0);
+    Tensor memory = empty({bytes}, ScalarType::Byte, x_.device());
+    cuda::pack_weights(element_, rows_, {{weights, memory.data_ptr()}}, {}, launch_.stream());
+    return memory;
+  }
 
   template <typename Kernel, typename... Others>
   void run(Kernel kernel, const Others&... others) {
     launch_(kernel, args_, bn_, others...);
+  }
+  template <typename Kernel, typename... Others>
+  void run_without_norm(Kernel kernel, const Others&... others) {
+    launch_(kernel, args_, others...);
   }
 
   Element element() const { return element_; }
@@ -69,8 +79,6 @@ class KernelCall {
   int device_index() const { return x_.device().index(); }
   int64_t rows() const { return rows_; }
   int64_t channels() const { return channels_; }
-  void* stream() const { return launch_.stream(); }
-  KernelArgs& args() { return args_; }
 
  private:
   ArgumentChecks checks_;

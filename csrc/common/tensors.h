@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -131,6 +132,16 @@ class Launcher {
     stream_ = cuda::current_stream(device.index());
   }
 
+  // Enough for nearly every call: 16 KB.
+  static constexpr int64_t kTickets = 4096;
+
+  // Memory of the caller that is 0 before the first kernel runs. Without it, or where it is too
+  // little, the launcher fills its own, which is a launch.
+  void use_tickets(void* memory, int64_t count) {
+    tickets_ = static_cast<uint32_t*>(memory);
+    num_tickets_ = count;
+  }
+
   bool is_cpu() const { return device_.is_cpu(); }
   void* stream() const { return stream_; }
 
@@ -156,6 +167,23 @@ class Launcher {
       }
       return static_cast<double*>(workspace_->data_ptr());
     };
+    args.weight_parts = [this](int64_t floats) {
+      weight_parts_turn_ = 1 - weight_parts_turn_;
+      std::optional<Tensor>& memory = weight_parts_[weight_parts_turn_];
+      if (!memory || memory->numel() < floats) {
+        memory.reset();
+        memory = empty({floats}, ScalarType::Float, device_);
+      }
+      return static_cast<float*>(memory->data_ptr());
+    };
+    args.tickets = [this](int64_t count) {
+      if (count > num_tickets_) {
+        tickets_memory_ = empty({std::max(count, kTickets)}, ScalarType::Int, device_);
+        torch::stable::zero_(*tickets_memory_);
+        use_tickets(tickets_memory_->data_ptr(), tickets_memory_->numel());
+      }
+      return tickets_;
+    };
     cuda_kernel(args, others...);
   }
 
@@ -163,7 +191,10 @@ class Launcher {
   Device device_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_ = nullptr;
-  std::optional<Tensor> workspace_;
+  std::optional<Tensor> workspace_, tickets_memory_, weight_parts_[2];
+  int weight_parts_turn_ = 0;
+  uint32_t* tickets_ = nullptr;
+  int64_t num_tickets_ = 0;
 };
 
 }  // namespace efficient_densenet

@@ -12,10 +12,6 @@ constexpr int64_t kChunkBytesCuda = 32 << 20, kChunkBytesCpu = 1 << 20;
 // to a sum, whose rounding error grows with their count; so they get few rows at a time.
 constexpr int64_t kNarrow = 4, kNarrowProductRows = 512;
 
-int64_t total_inputs(int64_t channels_in, int64_t growth, int64_t layers) {
-  return layers * channels_in + growth * (layers * (layers - 1) / 2);
-}
-
 }  // namespace
 
 Block::Block(const BlockArguments& arguments)
@@ -37,13 +33,15 @@ Block::Block(const BlockArguments& arguments)
 // Checks, sizes, numbers of norms
 
 void Block::take_sizes() {
-  const Tensor &x = arguments_.features, &w2 = arguments_.conv2;
+  const Tensor& x = arguments_.features;
   checks_.expect(x.dim() >= 3 && x.dim() <= 5 && x.numel() > 0, "features", x,
                  "[N, C, *spatial] with 1 to 3 spatial dimensions and at least one element");
-  checks_.expect(w2.dim() == x.dim() + 1 && w2.numel() > 0, "conv2", w2, "[L, k, *kernel, B]");
-  layers_ = w2.size(0);
-  growth_ = w2.size(1);
-  bottleneck_ = w2.size(w2.dim() - 1);
+  checks_.check(!arguments_.conv2.empty(), "conv2: expected one weight per layer, got none");
+  const Tensor& w2 = arguments_.conv2[0];
+  checks_.expect(w2.dim() == x.dim() && w2.numel() > 0, "conv2", w2, "[k, B, *kernel]");
+  layers_ = static_cast<int64_t>(arguments_.conv2.size());
+  growth_ = w2.size(0);
+  bottleneck_ = w2.size(1);
   channels_ = x.size(1);
   images_ = x.size(0);
   rows_ = x.numel() / channels_;
@@ -53,17 +51,31 @@ void Block::take_sizes() {
   features_ = images_matrix("features", x, channels_, dtype_);
   if (x.dim() == 3) spatial_ = kernel_ = {1};  // convolutions of two dimensions know the layout
   for (int64_t d = 2; d < x.dim(); ++d) spatial_.push_back(x.size(d));
-  for (int64_t d = 2; d < w2.dim() - 1; ++d) {
-    checks_.expect(w2.size(d) % 2 == 1, "conv2", w2, "odd kernel sizes, [L, k, *kernel, B]");
+  for (int64_t d = 2; d < w2.dim(); ++d) {
+    checks_.expect(w2.size(d) % 2 == 1, "conv2", w2, "odd kernel sizes, [k, B, *kernel]");
     kernel_.push_back(w2.size(d));
   }
 }
 
+// All weights of a list have one dtype: that of the features, or float32.
+void Block::check_weight(const char* list, const Tensors& weights, int64_t layer,
+                         const Sizes& sizes) const {
+  const std::string name = std::string(list) + "[" + std::to_string(layer) + "]";
+  const Tensor& weight = weights[layer];
+  const ScalarType dtype =
+      weights[0].scalar_type() == ScalarType::Float ? ScalarType::Float : dtype_;
+  checks_.has_sizes(name.c_str(), weight, sizes);
+  checks_.any_strides(name.c_str(), weight, dtype, Access::kRead);
+}
+
 void Block::check_weights() const {
-  const Tensor &w1 = arguments_.conv1, &w2 = arguments_.conv2;
-  checks_.contiguous("conv2", w2, dtype_, w2.numel());
-  checks_.contiguous("conv1", w1, dtype_,
-                     bottleneck_ * total_inputs(channels_in_, growth_, layers_));
+  checks_.check(static_cast<int64_t>(arguments_.conv1.size()) == layers_, "conv1: expected ",
+                layers_, " weights, one per layer, got ", arguments_.conv1.size());
+  const Sizes ones(arguments_.features.dim() - 2, 1), kernel = given_kernel();
+  for (int64_t l = 0; l < layers_; ++l) {
+    check_weight("conv1", arguments_.conv1, l, with_sizes(bottleneck_, channels_before(l), ones));
+    check_weight("conv2", arguments_.conv2, l, with_sizes(growth_, bottleneck_, kernel));
+  }
   if (!arguments_.projection) return;
   const Tensor& projection = *arguments_.projection;
   checks_.expect(projection.dim() == arguments_.features.dim() &&
@@ -85,6 +97,10 @@ void Block::check_x() {
 
 Sizes Block::sizes_with(int64_t channels) const {
   return with_sizes(images_, channels, given_spatial());
+}
+
+Sizes Block::given_kernel() const {
+  return arguments_.features.dim() == 3 ? Sizes{kernel_[1]} : kernel_;
 }
 
 Sizes Block::given_spatial() const {
@@ -159,12 +175,10 @@ void Block::take_path() {
     checks_.contiguous("dropout_mask", *arguments_.dropout_mask, ScalarType::Bool,
                        layers_ * rows_ * growth_);
   }
-  Sizes kernel = kernel_;
-  if (arguments_.features.dim() == 3) kernel.erase(kernel.begin());
-  path_ = choose_kernel_path(
-      arguments_.settings,
-      {device_.is_cpu() ? "cpu" : "cuda", static_cast<int>(device_.index()), element_,
-       sizes_with(channels_), growth_, bottleneck_, kernel, arguments_.dropout_mask.has_value()});
+  path_ = choose_kernel_path(arguments_.settings,
+                             {device_.is_cpu() ? "cpu" : "cuda", static_cast<int>(device_.index()),
+                              element_, sizes_with(channels_), growth_, bottleneck_, given_kernel(),
+                              arguments_.dropout_mask.has_value()});
 }
 
 Sizes Block::reader_sizes() const {
@@ -233,16 +247,69 @@ std::vector<Block::RowChunk> Block::backward_chunks(int64_t channels) const {
   return row_chunks(channels, narrow ? kNarrowProductRows : rows_);
 }
 
-// The weights of a layer, in packed ones or in their gradients.
-Tensor Block::conv1(const Tensor& packed, int64_t layer) const {
+// Weights of all layers, one after the other, as a copy of these sizes and strides: two launches,
+// whatever their number.
+Tensor Block::pack(const Tensors& weights, const Sizes& sizes, const Sizes& strides) const {
+  int64_t count = 0;
+  for (const Tensor& weight : weights) count += weight.numel();
+  Tensor joined = empty({count}, weights[0].scalar_type(), device_);
+  joined = reinterpret(joined, 0, sizes, contiguous_strides(sizes));
+  aten::cat_out(weights, joined);
+  const Tensor packed = empty({count}, dtype_, device_);
+  aten::copy(joined, reinterpret(packed, 0, sizes, strides));
+  return packed;
+}
+
+Tensor Block::conv1(int64_t layer) {
+  const Tensors& weights = arguments_.conv1;
+  const auto as_read = [&](const Tensor& weight) {
+    return weight.scalar_type() == dtype_ && weight.stride(1) == 1 &&
+           (bottleneck_ == 1 || weight.stride(0) == weight.size(1));
+  };
+  if (std::all_of(weights.begin(), weights.end(), as_read)) {
+    const int64_t channels = channels_before(layer);
+    return reinterpret(weights[layer], 0, {bottleneck_, channels}, {channels, 1});
+  }
+  if (!copied_conv1_) {
+    Tensors rows;
+    for (const Tensor& weight : weights) {
+      rows.push_back(reinterpret(torch::stable::contiguous(weight), 0, {weight.numel()}, {1}));
+    }
+    const Sizes all{bottleneck_ * total_inputs(layers_)};
+    copied_conv1_ = pack(rows, all, {1});
+  }
+  return packed_conv1(*copied_conv1_, layer);
+}
+
+Tensor Block::conv2(int64_t layer) {
+  const Tensors& weights = arguments_.conv2;
+  const Sizes inner = channels_last_strides(bottleneck_, given_kernel());
+  const auto as_read = [&](const Tensor& weight) {
+    bool fits = weight.scalar_type() == dtype_;
+    for (int64_t d = 0; d < weight.dim(); ++d) {
+      fits = fits && (weight.size(d) == 1 || weight.stride(d) == inner[d]);
+    }
+    return fits;
+  };
+  if (std::all_of(weights.begin(), weights.end(), as_read)) {
+    return packed_conv2(weights[layer], 0);
+  }
+  if (!copied_conv2_) {
+    const Sizes all = with_sizes(layers_ * growth_, bottleneck_, given_kernel());
+    copied_conv2_ = pack(weights, all, inner);
+  }
+  return packed_conv2(*copied_conv2_, layer);
+}
+
+// Of weights, or of their gradients.
+Tensor Block::packed_conv1(const Tensor& packed, int64_t layer) const {
   const int64_t channels = channels_before(layer);
-  const int64_t begin = bottleneck_ * total_inputs(channels_in_, growth_, layer);
+  const int64_t begin = bottleneck_ * total_inputs(layer);
   return reinterpret(packed, begin, {bottleneck_, channels}, {channels, 1});
 }
 
-// The weights of a layer of so many, likewise.
-Tensor Block::conv2(const Tensor& packed, int64_t layer, int64_t count) const {
-  return reinterpret(packed, layer * (packed.numel() / count),
+Tensor Block::packed_conv2(const Tensor& packed, int64_t layer) const {
+  return reinterpret(packed, layer * arguments_.conv2[0].numel(),
                      with_sizes(growth_, bottleneck_, kernel_),
                      channels_last_strides(bottleneck_, kernel_));
 }
@@ -272,7 +339,7 @@ bool Block::has_batch_statistics_reader(int64_t channel) const {
          std::any_of(norms_.begin() + 2 * layers_, norms_.end(), reads);
 }
 
-char* Block::PackedWeights::allocate(const std::vector<int64_t>& bytes, const Device& device) {
+void* Block::PackedWeights::allocate(const std::vector<int64_t>& bytes, const Device& device) {
   int64_t total = 0;
   begins.clear();
   for (const int64_t count : bytes) {
@@ -280,11 +347,12 @@ char* Block::PackedWeights::allocate(const std::vector<int64_t>& bytes, const De
     total += count;
   }
   memory = empty({total}, ScalarType::Byte, device);
-  return static_cast<char*>(memory->data_ptr());
+  return memory->data_ptr();
 }
 
-const void* Block::PackedWeights::at(int64_t layer) const {
-  return static_cast<const char*>(memory->data_ptr()) + begins[layer];
+const void* Block::packed_weight(WeightLayout layout, bool is_3x3, int64_t layer) {
+  const PackedWeights& packed = packed_weights(layout, is_3x3);
+  return static_cast<const char*>(packed.memory->data_ptr()) + packed.begins[layer];
 }
 
 }  // namespace efficient_densenet

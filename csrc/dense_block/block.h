@@ -35,8 +35,8 @@ struct BlockArguments {
   Tensor features;                   // [N, C, *spatial], channels-last
   std::optional<Tensor> z;           // [L, M, B]: kept; none: each z is scratch
   Tensor statistics;                 // [2, C + L B], float64
-  Tensor conv1;                      // [B (C_0 + ... + C_(L-1))]: the [B, C_l] in a row
-  Tensor conv2;                      // [L, k, *kernel, B]
+  Tensors conv1;                     // of each layer, [B, C_l, 1...], any strides
+  Tensors conv2;                     // of each layer, [k, B, *kernel], any strides
   Tensor affine;                     // [2, channels of all norms]
   std::optional<Tensor> frozen;      // [2, channels of the frozen norms], float64
   std::vector<int64_t> frozen_norms;
@@ -52,9 +52,10 @@ struct BlockGradients {
   Tensor features;                   // G, [N, C, *spatial], at least float32: scratch
   std::optional<Tensor> x;           // of the first C_0 columns
   Tensor affine;                     // as this
-  std::optional<Tensor> conv1;       // as this; wider than 16 bits
+  std::optional<Tensor> conv1;       // the [B, C_l] of all layers in a row; at least float32
   std::vector<int64_t> needs_conv1;  // of each layer
-  std::optional<Tensor> conv2;       // of the layers that need it, one after the other
+  std::optional<Tensor> conv2;       // [., k, B, *kernel], any strides: of the layers that need it;
+                                     // of the dtype of the features, or float32
   std::vector<int64_t> needs_conv2;  // of each layer
 };
 
@@ -83,17 +84,17 @@ class Block {
     TensorMatrix grad_features;
     double *sums, *s1, *s2;
     Tensor grad_affine;
-    bool first_reader;   // nobody has written G yet
-    Tensors grad_conv2;  // ATen's, of the layers that need one, the last layer first
+    bool first_reader;         // nobody has written G yet
+    Tensors grad_conv2;        // ATen's, of the layers that need one, the last layer first
+    WeightParts weight_parts;  // that the kernel before has left
   };
 
-  // Weights of all layers as kernels read them, and where each begins.
+  // Weights of all layers as tensor-core kernels read them, and where each begins.
   struct PackedWeights {
     std::optional<Tensor> memory;
     std::vector<int64_t> begins;
 
-    char* allocate(const std::vector<int64_t>& bytes, const Device& device);
-    const void* at(int64_t layer) const;
+    void* allocate(const std::vector<int64_t>& bytes, const Device& device);
   };
 
   // Checks and numbers.
@@ -103,8 +104,11 @@ class Block {
   void add_norm(int64_t channels, double* mean, double* var);
   void check_x();
   void check_weights() const;
+  void check_weight(const char* list, const Tensors& weights, int64_t layer,
+                    const Sizes& sizes) const;
   void check_norm_tensors();
   Sizes given_spatial() const;
+  Sizes given_kernel() const;
   Sizes sizes_with(int64_t channels) const;
   Sizes reader_sizes() const;
   TensorMatrix images_matrix(const char* name, const Tensor& tensor, int64_t channels,
@@ -115,6 +119,10 @@ class Block {
 
   // Where things are.
   int64_t channels_before(int64_t layer) const { return channels_in_ + layer * growth_; }
+  // C_0 + ... + C_(layers-1)
+  int64_t total_inputs(int64_t layers) const {
+    return layers * channels_in_ + growth_ * (layers * (layers - 1) / 2);
+  }
   TensorMatrix scratch(std::optional<Tensor>* memory, int64_t elements, int64_t channels);
   TensorMatrix z(int64_t layer);
   KernelArgs kernel_args(const TensorMatrix& x, int64_t rows, int64_t channels) const;
@@ -127,8 +135,13 @@ class Block {
   Tensor images(const TensorMatrix& matrix, int64_t channels) const {
     return matrix.as_images(images_, channels, spatial_);
   }
-  Tensor conv1(const Tensor& packed, int64_t layer) const;
-  Tensor conv2(const Tensor& packed, int64_t layer, int64_t count) const;
+  // Weights as ATen's operators read them: [B, C_l], and [k, B, *kernel] with inner channels.
+  Tensor conv1(int64_t layer);
+  Tensor conv2(int64_t layer);
+  // The same of all layers in one memory, `packed`.
+  Tensor packed_conv1(const Tensor& packed, int64_t layer) const;
+  Tensor packed_conv2(const Tensor& packed, int64_t layer) const;
+  Tensor pack(const Tensors& weights, const Sizes& sizes, const Sizes& strides) const;
   Tensor dropout_mask(int64_t layer) const;
   ImageSize image() const { return {spatial_[0], spatial_[1]}; }
   Pooling pooling() const;
@@ -138,8 +151,13 @@ class Block {
   // Forward.
   void write_input();
   void fold_norm2();
-  void pack_conv1(WeightLayout layout);
-  void pack_conv2(bool grad_input);
+  WeightsToPack conv1_weights(WeightLayout layout) const;
+  WeightsToPack conv2_weights(WeightLayout layout) const;
+  double* pack_weights(const std::vector<WeightsToPack>& weights, int64_t zeros);
+  PackedWeights& packed_weights(WeightLayout layout, bool is_3x3) {
+    return packed_weights_[static_cast<int>(layout)][is_3x3];
+  }
+  const void* packed_weight(WeightLayout layout, bool is_3x3, int64_t layer);
   void take_statistics(const TensorMatrix& x, int64_t channels, double* mean, double* var,
                        const View* copy);
   void normalise(const Norm& norm, const TensorMatrix& x, int64_t rows, const TensorMatrix& y);
@@ -151,26 +169,29 @@ class Block {
   Backward start_backward(const BlockGradients& gradients);
   void backward_result(Backward& state, const Tensor& grad_result,
                        const std::optional<TensorMatrix>& grad_y);
+  NormGradArgs norm_grad_args(Backward& state, const Norm& norm, const RowChunk& chunk,
+                              const View& grad_y, const Pooling* pooling) const;
   void accumulate_norm_grad(Backward& state, const Norm& norm, const RowChunk& chunk,
-                            const View& grad_y, const Pooling* pooling,
-                            const void* packed_conv1 = nullptr);
+                            const View& grad_y, const Pooling* pooling);
   TensorMatrix apply_bn_correction(Backward& state, int64_t begin, int64_t channels,
                                    const TensorMatrix& to);
-  Gradients gradients_of(Backward& state, const Norm& norm, const TensorMatrix& grad) const;
+  Gradients gradients_of(Backward& state, const Norm& norm, const TensorMatrix& grad);
   void backward_norm2(Backward& state, const Norm& norm, const TensorMatrix& z,
                       const TensorMatrix& grad);
   Tensor multiply_back(const TensorMatrix& grad_z, const TensorMatrix& a1, int64_t rows,
                        const Tensor& weight, const std::optional<Tensor>& grad_weight);
   void backward_conv1(Backward& state, int64_t layer, const TensorMatrix& grad_z, bool a1_is_ready,
                       const std::optional<Tensor>& grad_weight);
+  void backward_conv1_on_tensor_cores(Backward& state, int64_t layer, const TensorMatrix& grad_a2,
+                                      const std::optional<Tensor>& grad_weight);
   TensorMatrix backward_conv2(Backward& state, int64_t layer, const TensorMatrix& z,
-                              const std::optional<Tensor>& grad_weight);
+                              const std::optional<WeightGradient>& grad_weight);
   void backward_conv2_input(Backward& state, int64_t layer, KernelArgs& args,
-                            const TensorMatrix& grad_new);
+                            const TensorMatrix& grad_new, NormSumsLeft* sums);
   Tensor backward_aten_conv2(Backward& state, int64_t layer, const TensorMatrix& z,
                              bool needs_weight);
   void backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
-                      const std::optional<Tensor>& grad_conv2);
+                      const std::optional<WeightGradient>& grad_conv2);
   void backward_layers(Backward& state, const BlockGradients& gradients);
 
   aten::GradModeOff grad_mode_off_;
@@ -190,10 +211,12 @@ class Block {
   bool uses_batch_statistics_ = false;  // in any norm
   int64_t affine_count_ = 0, frozen_count_ = 0;
   KernelPath path_;
-  std::optional<Tensor> a1_, a2_, z_, grad_z_, grad_new_, sums_;  // scratch
-  std::optional<Tensor> folded_;   // norm2 of each layer: scale, bias [2, L, B]
-  PackedWeights packed_conv1_[2];  // by WeightLayout
-  PackedWeights packed_conv2_[2];  // by whether it is for the gradient
+  std::optional<Tensor> a1_, a2_, z_, grad_z_, grad_a2_, grad_new_, coefficients_,
+      zeros_;  // scratch
+  // For ATen: of all layers, where they are not as it reads them.
+  std::optional<Tensor> copied_conv1_, copied_conv2_;
+  std::optional<Tensor> folded_;  // norm2 of each layer: scale, bias [2, L, B]
+  PackedWeights packed_weights_[2][2];
 };
 
 }  // namespace efficient_densenet

@@ -1,7 +1,24 @@
+#include <algorithm>
+
 #include "common/aten.h"
 #include "dense_block/block.h"
 
 namespace efficient_densenet {
+namespace {
+
+WeightViews views_of(const Tensors& weights) {
+  WeightViews views{{}, weights[0].scalar_type() == ScalarType::Float};
+  for (const Tensor& weight : weights) {
+    WeightView view{weight.data_ptr(), {}};
+    for (int64_t d = 0; d < std::min<int64_t>(weight.dim(), 4); ++d) {
+      view.strides[d] = weight.stride(d);
+    }
+    views.layers.push_back(view);
+  }
+  return views;
+}
+
+}  // namespace
 
 // The first C_0 columns of the features.
 void Block::write_input() {
@@ -29,25 +46,36 @@ void Block::normalise(const Norm& norm, const TensorMatrix& x, int64_t rows,
   launch_(cpu::concat_bn_relu, cuda::concat_bn_relu, args, norm.bn, y.view());
 }
 
-// All layers' convolutions as the tensor-core kernels read them.
-void Block::pack_conv1(WeightLayout layout) {
-  std::vector<int64_t> bytes;
-  for (int64_t l = 0; l < layers_; ++l) {
-    bytes.push_back(
-        cuda::packed_conv1x1_bytes(element_, layout, rows_, bottleneck_, channels_before(l)));
-  }
-  cuda::pack_conv1x1(element_, layout, rows_,
-                     {arguments_.conv1.data_ptr(), layers_, bottleneck_, channels_in_, growth_},
-                     packed_conv1_[static_cast<int>(layout)].allocate(bytes, device_),
-                     launch_.stream());
+WeightsToPack Block::conv1_weights(WeightLayout layout) const {
+  return {layout, false, views_of(arguments_.conv1), bottleneck_, channels_in_, growth_};
 }
 
-void Block::pack_conv2(bool grad_input) {
-  const std::vector<int64_t> bytes(
-      layers_, cuda::packed_conv3x3_bytes(element_, grad_input, growth_, bottleneck_));
-  cuda::pack_conv3x3(element_, grad_input,
-                     {arguments_.conv2.data_ptr(), layers_, growth_, bottleneck_},
-                     packed_conv2_[grad_input].allocate(bytes, device_), launch_.stream());
+WeightsToPack Block::conv2_weights(WeightLayout layout) const {
+  return {layout, true, views_of(arguments_.conv2), growth_, bottleneck_, 0};
+}
+
+// Packs what the tensor-core kernels will read, of all layers. Returns so many doubles that are 0:
+// they are filled by the same launch, as are the tickets of all kernels of this call.
+double* Block::pack_weights(const std::vector<WeightsToPack>& weights, int64_t zeros) {
+  if (!on_tensor_cores()) {
+    zeros_ = empty({zeros}, ScalarType::Double, device_);
+    torch::stable::zero_(*zeros_);
+    return static_cast<double*>(zeros_->data_ptr());
+  }
+  zeros_ = empty({zeros + Launcher::kTickets / 2}, ScalarType::Double, device_);
+  auto* const data = static_cast<double*>(zeros_->data_ptr());
+  launch_.use_tickets(data + zeros, Launcher::kTickets);
+  std::vector<PackJob> jobs;
+  for (const WeightsToPack& job : weights) {
+    std::vector<int64_t> bytes;
+    for (int64_t l = 0; l < layers_; ++l) {
+      bytes.push_back(cuda::packed_bytes(element_, rows_, job, l));
+    }
+    jobs.push_back({job, packed_weights(job.layout, job.is_3x3).allocate(bytes, device_)});
+  }
+  const int64_t bytes = zeros_->numel() * static_cast<int64_t>(sizeof(double));
+  cuda::pack_weights(element_, rows_, jobs, {data, bytes}, launch_.stream());
+  return data;
 }
 
 // Where each norm2 has its statistics and nobody keeps z, conv1's kernel applies it to its sums and
@@ -73,10 +101,10 @@ void Block::bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* m
       norm2.bias = norm2.scale + layers_ * bottleneck_;
     }
     return launch_(cuda::bn_relu_conv1x1, args, norms_[layer].bn,
-                   packed_conv1_[static_cast<int>(WeightLayout::kForward)].at(layer), bottleneck_,
-                   norm2, z.view(), moments);
+                   packed_weight(WeightLayout::kForward, false, layer), bottleneck_, norm2,
+                   z.view(), moments);
   }
-  const Tensor weight = conv1(arguments_.conv1, layer);
+  const Tensor weight = conv1(layer);
   const Tensor transposed = transpose(weight);
   for (const RowChunk& chunk : row_chunks(channels, rows_)) {
     const TensorMatrix a1 = scratch(&a1_, chunk_elements(), channels);
@@ -106,12 +134,11 @@ void Block::forward_layer(int64_t layer) {
     const Statistics* const asked = uses_batch_statistics_ ? &of_new : nullptr;
     KernelArgs args = kernel_args(z, rows_, bottleneck_);
     return launch_(cuda::bn_relu_conv3x3, args, norm2.bn, folded_.has_value(), image(),
-                   packed_conv2_[false].at(layer), growth_, to, asked);
+                   packed_weight(WeightLayout::kForward, true, layer), growth_, to, asked);
   }
   const TensorMatrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
   normalise(norm2, z, rows_, a2);
-  Tensor new_features =
-      aten::convolution(images(a2, bottleneck_), conv2(arguments_.conv2, layer, layers_));
+  Tensor new_features = aten::convolution(images(a2, bottleneck_), conv2(layer));
   if (arguments_.dropout_mask) {
     new_features = aten::apply_dropout(new_features, dropout_mask(layer), arguments_.dropout_scale);
   }
@@ -133,8 +160,11 @@ void Block::forward(bool inference, const std::optional<Tensor>& y) {
   if (y) y_matrix = reader_matrix("y", *y);
   write_input();
   if (inference && path_.conv2_on_tensor_cores && !uses_batch_statistics_) fold_norm2();
-  if (on_tensor_cores()) pack_conv1(WeightLayout::kForward);
-  if (path_.conv2_on_tensor_cores) pack_conv2(false);
+  if (on_tensor_cores()) {
+    std::vector<WeightsToPack> weights{conv1_weights(WeightLayout::kForward)};
+    if (path_.conv2_on_tensor_cores) weights.push_back(conv2_weights(WeightLayout::kForward));
+    pack_weights(weights, 0);
+  }
   if (uses_batch_statistics_) take_statistics(features_, channels_in_, mean_, var_, nullptr);
   for (int64_t l = 0; l < layers_; ++l) forward_layer(l);
   if (y_matrix) forward_reader(*y_matrix);

@@ -53,6 +53,15 @@ struct NormGradArgs {
   bool batch_statistics;
 };
 
+// The gradient of z behind a = relu(norm2(z)), where that of a is there and its sums over the rows:
+// the kernel that reads it makes the gradient of z of it on the way, and writes that for others.
+struct NormGradient {
+  View grad_a, z;
+  const float* coefficients;  // Gradients::coefficients
+  bool batch_statistics;
+  View grad_z;  // out
+};
+
 namespace cpu {
 // Adds scale * dz to G, and its sums over the rows to `sums`.
 void accumulate_norm_grad(const KernelArgs& args, const BatchNorm& bn,

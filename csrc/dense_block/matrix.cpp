@@ -38,6 +38,12 @@ Sizes with_sizes(int64_t first, int64_t second, const Sizes& sizes) {
   return all;
 }
 
+Sizes contiguous_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return strides;
+}
+
 Sizes channels_last_strides(int64_t row_stride, const Sizes& sizes) {
   Sizes strides(2 + sizes.size(), 1);
   int64_t stride = row_stride;

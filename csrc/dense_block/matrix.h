@@ -28,6 +28,7 @@ Tensor as_convolution(const Tensor& matrix, int64_t dims = 2);
 
 // [first, second, *sizes]
 Sizes with_sizes(int64_t first, int64_t second, const Sizes& sizes);
+Sizes contiguous_strides(const Sizes& sizes);
 // Strides of [images, channels, *sizes] whose pixels are row_stride apart.
 Sizes channels_last_strides(int64_t row_stride, const Sizes& sizes);
 // The tensor with dense channels-last memory: some of ATen's convolutions answer in other strides.

@@ -21,7 +21,7 @@ BlockArguments arguments_of(const char* op, int64_t pool, const PrecisionSetting
 
 void dense_block_layers(const Tensor& x, const std::optional<Tensor>& projection,
                         const Tensor& features, const std::optional<Tensor>& bottlenecks,
-                        const Tensor& statistics, const Tensor& conv1, const Tensor& conv2,
+                        const Tensor& statistics, const Tensors& conv1, const Tensors& conv2,
                         const Tensor& affine, const std::optional<Tensor>& frozen,
                         const std::vector<int64_t>& frozen_norms, const std::vector<double>& eps,
                         const std::optional<Tensor>& dropout_mask, double dropout_scale,
@@ -36,7 +36,7 @@ void dense_block_layers(const Tensor& x, const std::optional<Tensor>& projection
 
 void dense_block_layers_backward(
     const Tensor& grad_result, const Tensor& features, const std::optional<Tensor>& bottlenecks,
-    const Tensor& statistics, const Tensor& conv1, const Tensor& conv2, const Tensor& affine,
+    const Tensor& statistics, const Tensors& conv1, const Tensors& conv2, const Tensor& affine,
     const std::optional<Tensor>& frozen, const std::vector<int64_t>& frozen_norms,
     const std::vector<double>& eps, const std::optional<Tensor>& dropout_mask, double dropout_scale,
     int64_t pool, bool allow_tf32, bool products_match_convolutions, bool has_reader,
@@ -118,13 +118,14 @@ void projection_backward(const Tensor& grad, const Tensor& x, const Tensor& proj
 STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
   m.def(
       "dense_block_layers(Tensor x, Tensor? projection, Tensor(a!) features, "
-      "Tensor(b!)? bottlenecks, Tensor(c!) statistics, Tensor conv1, Tensor conv2, Tensor affine, "
+      "Tensor(b!)? bottlenecks, Tensor(c!) statistics, Tensor[] conv1, Tensor[] conv2, Tensor "
+      "affine, "
       "Tensor? frozen, int[] frozen_norms, float[] eps, Tensor? dropout_mask, "
       "float dropout_scale, int pool, bool allow_tf32, bool products_match_convolutions, "
       "bool inference, Tensor(d!)? y) -> ()");
   m.def(
       "dense_block_layers_backward(Tensor grad_result, Tensor features, "
-      "Tensor? bottlenecks, Tensor statistics, Tensor conv1, Tensor conv2, "
+      "Tensor? bottlenecks, Tensor statistics, Tensor[] conv1, Tensor[] conv2, "
       "Tensor affine, Tensor? frozen, int[] frozen_norms, float[] eps, Tensor? dropout_mask, "
       "float dropout_scale, int pool, bool allow_tf32, bool products_match_convolutions, "
       "bool has_reader, Tensor(a!) grad_features, Tensor(b!)? grad_x, Tensor(c!) grad_affine, "

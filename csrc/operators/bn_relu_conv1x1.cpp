@@ -18,11 +18,8 @@ class Call : public KernelCall {
   }
 
   Tensor packed(WeightLayout layout) const {
-    Tensor memory =
-        new_bytes(cuda::packed_conv1x1_bytes(element(), layout, rows(), outputs_, channels()));
-    cuda::pack_conv1x1(element(), layout, rows(), {conv1_.data_ptr(), 1, outputs_, channels(), 0},
-                       memory.data_ptr(), stream());
-    return memory;
+    const WeightViews views{{{conv1_.data_ptr(), {channels(), 1}}}, false};
+    return KernelCall::packed({layout, false, views, outputs_, channels(), 0});
   }
 
   int64_t outputs() const { return outputs_; }
@@ -47,31 +44,36 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
   call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_norm2, z_view, needed);
 }
 
-void bn_relu_conv1x1_backward(const Tensor& grad_z, const Tensor& x, const Tensor& mean,
-                              const Tensor& var, const std::optional<Tensor>& weight,
+// From the gradient of relu(norm2(z)); coefficients [5, N] as in Gradients::coefficients.
+void bn_relu_conv1x1_backward(const Tensor& grad_a2, const Tensor& z, const Tensor& coefficients,
+                              bool corrects, const Tensor& x, const Tensor& mean, const Tensor& var,
+                              const std::optional<Tensor>& weight,
                               const std::optional<Tensor>& bias, double eps, const Tensor& conv1,
-                              const Tensor& grad_features, const Tensor& grad_affine,
-                              const Tensor& correction, bool batch_statistics,
-                              const std::optional<Tensor>& grad_conv1) {
+                              const Tensor& grad_z, const Tensor& grad_features,
+                              const Tensor& grad_affine, const Tensor& correction,
+                              bool batch_statistics, const std::optional<Tensor>& grad_conv1) {
   Call call("efficient_densenet::bn_relu_conv1x1_backward", x, {mean, var, weight, bias, eps},
             conv1);
-  const int64_t channels = call.channels();
-  const View grad_view =
-      call.check_matrix("grad_z", grad_z, call.dtype(), call.rows(), call.outputs());
-  auto* const affine = static_cast<float*>(
-      call.numbers("grad_affine", grad_affine, ScalarType::Float, 2 * channels));
+  const int64_t channels = call.channels(), outputs = call.outputs();
+  const auto matrix = [&](const char* name, const Tensor& tensor) {
+    return call.check_matrix(name, tensor, call.dtype(), call.rows(), outputs);
+  };
+  const auto floats = [&](const char* name, const Tensor& tensor, int64_t count) {
+    return static_cast<float*>(call.numbers(name, tensor, ScalarType::Float, count));
+  };
+  const NormGradient grad{matrix("grad_a2", grad_a2), matrix("z", z),
+                          floats("coefficients", coefficients, 5 * outputs), corrects,
+                          matrix("grad_z", grad_z)};
+  float* const affine = floats("grad_affine", grad_affine, 2 * channels);
   auto* const sums = static_cast<double*>(
       call.numbers("correction", correction, ScalarType::Double, 2 * channels));
   const View features =
       call.check_matrix("grad_features", grad_features, ScalarType::Float, call.rows(), channels);
-  if (grad_conv1) {
-    auto* const to = static_cast<float*>(
-        call.numbers("grad_conv1", *grad_conv1, ScalarType::Float, call.outputs() * channels));
-    call.run(cuda::bn_relu_conv1x1_grad_weight, call.outputs(), grad_view, to);
-  }
+  WeightGradient to{nullptr, {channels, 1, 0, 0}, true};
+  if (grad_conv1) to.data = floats("grad_conv1", *grad_conv1, outputs * channels);
   const Tensor packed = call.packed(WeightLayout::kGradInput);
   const void* const data = packed.data_ptr();
-  const NormGradArgs norm_grad{grad_view,
+  const NormGradArgs norm_grad{grad.grad_z,
                                nullptr,
                                features,
                                nullptr,
@@ -82,7 +84,12 @@ void bn_relu_conv1x1_backward(const Tensor& grad_z, const Tensor& x, const Tenso
                                true,
                                false,
                                batch_statistics};
-  call.run(cuda::bn_relu_conv1x1_grad_input, data, call.outputs(), norm_grad);
+  ReaderSumsLeft sums_left{};
+  call.run(cuda::bn_relu_conv1x1_grad_input, data, outputs, grad, norm_grad, &sums_left);
+  if (!grad_conv1) return call.run_without_norm(cuda::add_reader_sums, sums_left);
+  WeightParts parts{};
+  call.run(cuda::bn_relu_conv1x1_grad_weight, outputs, grad.grad_z, to, &parts, sums_left);
+  call.run_without_norm(cuda::add_weight_parts, parts);
 }
 
 }  // namespace
@@ -92,10 +99,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
       "bn_relu_conv1x1(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
       "Tensor conv1, Tensor(a!) z, Tensor(b!)? moments) -> ()");
   m.def(
-      "bn_relu_conv1x1_backward(Tensor grad_z, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
-      "Tensor? bias, float eps, Tensor conv1, Tensor(a!) grad_features, Tensor(b!) grad_affine, "
-      "Tensor(c!) correction, bool batch_statistics, Tensor(d!)? grad_conv1) "
-      "-> ()");
+      "bn_relu_conv1x1_backward(Tensor grad_a2, Tensor z, Tensor coefficients, bool corrects, "
+      "Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor conv1, "
+      "Tensor(a!) grad_z, Tensor(b!) grad_features, Tensor(c!) grad_affine, Tensor(d!) correction, "
+      "bool batch_statistics, Tensor(e!)? grad_conv1) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_densenet, CUDA, m) {

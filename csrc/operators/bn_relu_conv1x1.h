@@ -12,19 +12,12 @@
 #include <string>
 
 #include "dense_block/kernels.h"
+#include "operators/left_over.h"
+#include "operators/packed_weights.h"
 
 namespace efficient_densenet {
 
 constexpr int64_t kMaxConv1x1Outputs = 256;  // what a warp's registers hold of a row of z
-
-// W as the kernels read it: cut into the pieces that the lanes of a warp hold, padded by zeros.
-enum class WeightLayout { kForward, kGradInput };
-
-// L weights one after the other, the l-th [N, C_0 + l k].
-struct Conv1x1Weights {
-  const void* data;
-  int64_t layers, outputs, channels_in, growth;
-};
 
 // L norms of N channels each, one after the other; bn.eps is not used.
 struct Norms {
@@ -41,13 +34,6 @@ std::string why_no_tensor_cores(int device_index, Element element, int64_t outpu
 // For tests: as on a device whose blocks have no more shared memory. 0 ends that.
 void limit_shared_memory(int64_t bytes);
 
-// Bytes of one packed weight [outputs, channels] for M rows: the layout depends on how many.
-int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t rows, int64_t outputs,
-                             int64_t channels);
-// All weights, packed one after the other.
-void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv1x1Weights& weights,
-                  void* packed, void* stream);
-
 // `weight` is packed, kForward. `moments` (without copy) may be null: they are of z as stored. With
 // a norm2, relu(norm2(z)) is stored, as an operand.
 void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* weight,
@@ -57,14 +43,19 @@ void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* we
 // The scale and bias of FoldedNorm for all layers, [L, N].
 void fold_norms(const Norms& norms, float* scale, float* bias, void* stream);
 
-// `weight` is packed, kGradInput. Of the reader, which is not the first one, grad_y is grad_z,
-// whose rows are all of M.
+// `weight` is packed, kGradInput. Of the reader, which is not the first one, grad_y is not used: it
+// is what `grad` makes, whose rows are all of M; its sums are `left`.
 void bn_relu_conv1x1_grad_input(const KernelArgs& args, const BatchNorm& bn, const void* weight,
-                                int64_t outputs, const NormGradArgs& norm_grad);
+                                int64_t outputs, const NormGradient& grad,
+                                const NormGradArgs& norm_grad, ReaderSumsLeft* left);
+// Whether blocks share rows, so that grad_z must have memory of its own. Else it may be grad_a's.
+bool conv1x1_grad_input_shares_rows(Element element, int64_t rows, int64_t outputs,
+                                    int64_t channels);
 
-// grad_weight [N, C], contiguous.
+// Adds up what kernels before have left; its own parts then stand there.
 void bn_relu_conv1x1_grad_weight(const KernelArgs& args, const BatchNorm& bn, int64_t outputs,
-                                 const View& grad_z, float* grad_weight);
+                                 const View& grad_z, const WeightGradient& grad_weight,
+                                 WeightParts* parts_left, const ReaderSumsLeft& sums_left);
 
 }  // namespace cuda
 }  // namespace efficient_densenet

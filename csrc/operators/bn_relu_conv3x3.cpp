@@ -23,12 +23,10 @@ class Call : public KernelCall {
     numbers("conv2", conv2, dtype(), outputs_ * 9 * channels());
   }
 
-  Tensor packed(bool grad_input) const {
-    Tensor memory =
-        new_bytes(cuda::packed_conv3x3_bytes(element(), grad_input, outputs_, channels()));
-    cuda::pack_conv3x3(element(), grad_input, {conv2_.data_ptr(), 1, outputs_, channels()},
-                       memory.data_ptr(), stream());
-    return memory;
+  Tensor packed(WeightLayout layout) const {
+    const int64_t inner = channels();
+    const WeightViews views{{{conv2_.data_ptr(), {9 * inner, 1, 3 * inner, inner}}}, false};
+    return KernelCall::packed({layout, true, views, outputs_, inner, 0});
   }
 
   int64_t outputs() const { return outputs_; }
@@ -49,19 +47,21 @@ void bn_relu_conv3x3(const Tensor& z, const Tensor& mean, const Tensor& var,
   const View y_view = call.check_matrix("y", y, call.dtype(), call.rows(), call.outputs());
   Statistics statistics{};
   if (moments) statistics = call.statistics("moments", *moments, call.outputs());
-  const Tensor packed = call.packed(false);
+  const Tensor packed = call.packed(WeightLayout::kForward);
   const void* const data = packed.data_ptr();
   const Statistics* const needed = moments ? &statistics : nullptr;
   call.run(cuda::bn_relu_conv3x3, false, call.image(), data, call.outputs(), y_view, needed);
 }
 
+// grad_a: that of relu(bn(z)), 0 behind a closed ReLU. coefficients [5, B]: what makes the gradient
+// of z of it, see Gradients.
 void bn_relu_conv3x3_backward(const Tensor& grad_features, const Tensor& y, const Tensor& y_mean,
                               const Tensor& correction, const Tensor& z, const Tensor& mean,
                               const Tensor& var, const std::optional<Tensor>& weight,
                               const std::optional<Tensor>& bias, double eps, const Tensor& conv2,
-                              int64_t height, int64_t width, const Tensor& grad_z,
-                              const Tensor& grad_affine, bool batch_statistics,
-                              const std::optional<Tensor>& grad_conv2) {
+                              int64_t height, int64_t width, const Tensor& grad_a,
+                              const Tensor& grad_affine, const Tensor& coefficients,
+                              bool batch_statistics, const std::optional<Tensor>& grad_conv2) {
   Call call("efficient_densenet::bn_relu_conv3x3_backward", z, {mean, var, weight, bias, eps},
             conv2, height, width);
   const int64_t rows = call.rows(), channels = call.channels(), outputs = call.outputs();
@@ -72,23 +72,30 @@ void bn_relu_conv3x3_backward(const Tensor& grad_features, const Tensor& y, cons
       call.check_matrix("y", y, call.dtype(), rows, outputs),
       static_cast<const double*>(call.numbers("y_mean", y_mean, ScalarType::Double, outputs)),
       {sums, sums + outputs}};
-  const View grad_z_view = call.check_matrix("grad_z", grad_z, call.dtype(), rows, channels);
-  auto* const affine = static_cast<float*>(
-      call.numbers("grad_affine", grad_affine, ScalarType::Float, 2 * channels));
-  void* to = nullptr;
+  const auto floats = [&](const char* name, const Tensor& tensor, int64_t count) {
+    return static_cast<float*>(call.numbers(name, tensor, ScalarType::Float, count));
+  };
+  float* const affine = floats("grad_affine", grad_affine, 2 * channels);
+  const Gradients gradients{call.check_matrix("grad_a", grad_a, call.dtype(), rows, channels),
+                            affine, affine + channels, batch_statistics,
+                            floats("coefficients", coefficients, 5 * channels)};
+  WeightGradient to{nullptr, {9 * channels, 1, 3 * channels, channels}, false};
   if (grad_conv2) {
-    to = call.numbers("grad_conv2", *grad_conv2, call.dtype(), outputs * 9 * channels);
+    to.data = call.numbers("grad_conv2", *grad_conv2, call.dtype(), outputs * 9 * channels);
   }
-  const Tensor packed = call.packed(true);
+  const Tensor packed = call.packed(WeightLayout::kGradInput);
   const void* const data = packed.data_ptr();
   const int64_t pitch = cuda::conv3x3_grad_pitch(call.element(), outputs);
   const Tensor grad_y = empty({rows, pitch}, call.dtype(), z.device());
   const View grad_y_view{grad_y.data_ptr(), 1, {pitch}};
-  call.args().features[0].grad_x = grad_z_view;
+  NormSumsLeft sums_left{};
   call.run(cuda::bn_relu_conv3x3_grad_input, call.image(), data, outputs, gathered, grad_y_view,
-           Gradients{grad_z_view, affine, affine + channels, batch_statistics});
-  if (!grad_conv2) return;
-  call.run(cuda::bn_relu_conv3x3_grad_weight, call.image(), outputs, grad_y_view, to);
+           gradients, &sums_left);
+  if (!grad_conv2) return call.run_without_norm(cuda::add_norm_sums, sums_left);
+  WeightParts parts{};
+  call.run(cuda::bn_relu_conv3x3_grad_weight, call.image(), outputs, grad_y_view, to, &parts,
+           sums_left);
+  call.run_without_norm(cuda::add_weight_parts, parts);
 }
 
 }  // namespace
@@ -100,8 +107,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
   m.def(
       "bn_relu_conv3x3_backward(Tensor grad_features, Tensor y, Tensor y_mean, Tensor correction, "
       "Tensor z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor conv2, "
-      "int height, int width, Tensor(a!) grad_z, Tensor(b!) grad_affine, bool batch_statistics, "
-      "Tensor(c!)? grad_conv2) -> ()");
+      "int height, int width, Tensor(a!) grad_a, Tensor(b!) grad_affine, Tensor(c!) coefficients, "
+      "bool batch_statistics, Tensor(d!)? grad_conv2) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_densenet, CUDA, m) {

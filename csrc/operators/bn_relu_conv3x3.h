@@ -13,16 +13,12 @@
 #include <string>
 
 #include "dense_block/kernels.h"
+#include "operators/left_over.h"
+#include "operators/packed_weights.h"
 
 namespace efficient_densenet {
 
 constexpr int64_t kMaxConv3x3Outputs = 64, kMaxConv3x3Channels = 256;
-
-// All layers' weights of a block, [L, k, 3, 3, B], contiguous.
-struct Conv3x3Weights {
-  const void* data;
-  int64_t layers, outputs, channels;
-};
 
 struct ImageSize {
   int64_t height, width;
@@ -42,12 +38,6 @@ namespace cuda {
 std::string why_no_conv3x3(int device_index, Element element, int64_t outputs, int64_t channels,
                            int64_t width);
 
-// Bytes of one layer's packed weight: `grad_input` tells which kernel reads it.
-int64_t packed_conv3x3_bytes(Element element, bool grad_input, int64_t outputs, int64_t channels);
-// All layers, packed one after the other.
-void pack_conv3x3(Element element, bool grad_input, const Conv3x3Weights& weights, void* packed,
-                  void* stream);
-
 // In all of these the feature is z. `moments` are of y as stored; null: not needed. Where z
 // `is_normalised`, it holds relu(bn(z)) already, as operands.
 void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normalised,
@@ -57,16 +47,17 @@ void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normal
 // Elements from row to row of grad_y below.
 int64_t conv3x3_grad_pitch(Element element, int64_t outputs);
 
-// args.features[0].grad_x and gradients.grad_y are both the gradient of z: first it holds that
-// of relu(bn(z)), then the result. grad_y [M, pitch] becomes the gathered gradient of y.
+// gradients.grad_y becomes the gradient of relu(bn(z)), 0 behind a closed ReLU, and the sums those
+// of its rows; grad_y [M, pitch] becomes the gathered gradient of y.
 void bn_relu_conv3x3_grad_input(const KernelArgs& args, const BatchNorm& bn, const ImageSize& image,
                                 const void* weight, int64_t outputs, const Gathered& gathered,
-                                const View& grad_y, const Gradients& gradients);
+                                const View& grad_y, const Gradients& gradients, NormSumsLeft* left);
 
-// grad_weight [k, 3, 3, B], contiguous, of the dtype of z; grad_y as made above.
+// grad_y as made above. Adds up what kernels before have left; its own parts then stand there.
 void bn_relu_conv3x3_grad_weight(const KernelArgs& args, const BatchNorm& bn,
                                  const ImageSize& image, int64_t outputs, const View& grad_y,
-                                 void* grad_weight);
+                                 const WeightGradient& grad_weight, WeightParts* parts_left,
+                                 const NormSumsLeft& sums_left);
 
 }  // namespace cuda
 }  // namespace efficient_densenet

@@ -11,10 +11,13 @@
 namespace efficient_densenet {
 namespace {
 
-// The lists of the operator: one entry per norm. An empty tensor stands for one that a norm does
-// not have.
-struct Norms {
-  const std::vector<int64_t>& begins;  // of a norm's first channel in mean and var
+// The lists of the operator: one entry per batch, then one per norm. An empty tensor stands for one
+// that a norm does not have.
+struct Lists {
+  const Tensors &mean, &var;
+  const std::vector<int64_t>& rows;     // values per channel
+  const std::vector<int64_t>& batches;  // of which mean and var a norm takes its own
+  const std::vector<int64_t>& begins;   // of a norm's first channel in these
   const Tensors &running_mean, &running_var, &num_batches_tracked;
   const std::vector<double>& momentum;
   const std::vector<bool>& cumulative;
@@ -22,43 +25,71 @@ struct Norms {
 
 class Update {
  public:
-  Update(const char* op, const Tensor& mean, const Tensor& var, const Norms& lists)
-      : op_(op), checks_(op, mean.device()), lists_(lists), count_(mean.numel()) {
-    mean_ = statistics("mean", mean);
-    var_ = statistics("var", var);
+  Update(const char* op, const Lists& lists)
+      : op_(op), checks_(op, lists.mean.at(0).device()), lists_(lists) {
     const size_t norms = lists.begins.size();
-    checks_.check(lists.running_mean.size() == norms && lists.running_var.size() == norms &&
+    checks_.check(lists.batches.size() == norms && lists.running_mean.size() == norms &&
+                      lists.running_var.size() == norms &&
                       lists.num_batches_tracked.size() == norms && lists.momentum.size() == norms &&
                       lists.cumulative.size() == norms,
                   "begins: expected lists with one entry per norm, as many as begins, ", norms);
-    for (size_t i = 0; i < norms; ++i) norms_.push_back(norm(i));
+    checks_.check(lists.var.size() == lists.mean.size() && lists.rows.size() == lists.mean.size(),
+                  "mean: expected as many as of var and of rows, got ", lists.mean.size());
+    for (size_t i = 0; i < lists.mean.size(); ++i) check_batch(i);
+    for (size_t i = 0; i < norms; ++i) {
+      const RunningStatistics norm = this->norm(i);
+      const bool has_any = norm.running_mean.data != nullptr || norm.running_var.data != nullptr ||
+                           norm.num_batches_tracked != nullptr;
+      if (has_any) norms_.push_back(norm);
+    }
   }
 
   const std::vector<RunningStatistics>& norms() const { return norms_; }
 
  private:
-  const double* statistics(const char* name, const Tensor& tensor) const {
-    return static_cast<const double*>(checks_.contiguous(name, tensor, ScalarType::Double, count_));
+  void check_batch(size_t i) const {
+    const int64_t rows = lists_.rows[i];
+    checks_.check(rows == 0 || rows > 1,
+                  "rows: expected 0 or more than one value per channel, got ", rows);
+    const int64_t count = lists_.mean[i].numel();
+    checks_.contiguous("mean", lists_.mean[i], ScalarType::Double, count);
+    checks_.contiguous("var", lists_.var[i], ScalarType::Double, count);
   }
 
   RunningBuffer buffer(const char* name, const Tensor& tensor) const {
-    if (tensor.numel() == 0) return {nullptr, Element::kFloat};
-    const Element element = element_of(op_, name, tensor);
-    return {checks_.contiguous(name, tensor, tensor.scalar_type(), tensor.numel()), element};
+    if (tensor.numel() == 0) return {nullptr, 1, Element::kFloat};
+    checks_.expect(tensor.dim() == 1, name, tensor, "one dimension");
+    checks_.any_strides(name, tensor, tensor.scalar_type(), Access::kWrite);
+    return {tensor.data_ptr(), tensor.stride(0), element_of(op_, name, tensor)};
   }
 
   RunningStatistics norm(size_t i) const {
+    const int64_t batch = lists_.batches[i], batches = static_cast<int64_t>(lists_.mean.size());
+    checks_.check(batch >= 0 && batch < batches, "batches: expected numbers below ", batches,
+                  ", got ", batch);
     const Tensor &mean = lists_.running_mean[i], &var = lists_.running_var[i];
     const Tensor& tracked = lists_.num_batches_tracked[i];
-    const int64_t channels = std::max(mean.numel(), var.numel()), begin = lists_.begins[i];
+    const int64_t count = lists_.mean[batch].numel(), rows = lists_.rows[batch];
+    int64_t channels = std::max(mean.numel(), var.numel());
+    const int64_t begin = lists_.begins[i];
     checks_.expect(mean.numel() == 0 || var.numel() == 0 || mean.numel() == var.numel(),
                    "running_var", var, "as many elements as running_mean has, ", mean.numel());
-    checks_.check(begin >= 0 && begin <= count_ && channels <= count_ - begin,
+    checks_.check(begin >= 0 && begin <= count && channels <= count - begin,
                   "begins: expected the first of ", channels, " channels among those of mean, ",
-                  count_, ", got ", begin);
-    RunningStatistics norm{
-        mean_ + begin, var_ + begin, buffer("running_mean", mean), buffer("running_var", var),
-        nullptr,       channels,     lists_.momentum[i],           lists_.cumulative[i]};
+                  count, ", got ", begin);
+    if (rows == 0) channels = 0;  // an empty batch is counted, and has no statistics
+    const auto at = [&](const Tensor& statistics) {
+      return static_cast<const double*>(statistics.data_ptr()) + begin;
+    };
+    RunningStatistics norm{at(lists_.mean[batch]),
+                           at(lists_.var[batch]),
+                           static_cast<double>(rows) / static_cast<double>(rows - 1),
+                           buffer("running_mean", mean),
+                           buffer("running_var", var),
+                           nullptr,
+                           channels,
+                           lists_.momentum[i],
+                           lists_.cumulative[i]};
     if (tracked.numel() > 0) {
       norm.num_batches_tracked = static_cast<int64_t*>(
           checks_.contiguous("num_batches_tracked", tracked, ScalarType::Long, 1));
@@ -68,9 +99,7 @@ class Update {
 
   const char* op_;
   ArgumentChecks checks_;
-  const Norms& lists_;
-  int64_t count_;
-  const double *mean_, *var_;
+  const Lists& lists_;
   std::vector<RunningStatistics> norms_;
 };
 
@@ -81,12 +110,13 @@ bool share_memory(const std::vector<RunningStatistics>& norms) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
     if (data != nullptr) ranges.emplace_back(begin, begin + static_cast<uintptr_t>(bytes));
   };
-  const auto size = [](Element element) {
-    return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2;
+  const auto bytes = [](const RunningBuffer& buffer, int64_t channels) {
+    const int64_t size = is_double(buffer.element) ? 8 : buffer.element == Element::kFloat ? 4 : 2;
+    return channels == 0 ? 0 : ((channels - 1) * buffer.stride + 1) * size;
   };
   for (const RunningStatistics& norm : norms) {
-    add(norm.running_mean.data, norm.channels * size(norm.running_mean.element));
-    add(norm.running_var.data, norm.channels * size(norm.running_var.element));
+    add(norm.running_mean.data, bytes(norm.running_mean, norm.channels));
+    add(norm.running_var.data, bytes(norm.running_var, norm.channels));
     add(norm.num_batches_tracked, sizeof(int64_t));
   }
   std::sort(ranges.begin(), ranges.end());
@@ -95,38 +125,34 @@ bool share_memory(const std::vector<RunningStatistics>& norms) {
 }
 
 // A norm that several layers share moves once for each, one after the other.
-void update_on_cuda(const std::vector<RunningStatistics>& norms, int64_t rows, void* stream) {
-  if (!share_memory(norms)) return cuda::update_running_statistics(norms, rows, stream);
-  for (const RunningStatistics& norm : norms) {
-    cuda::update_running_statistics({norm}, rows, stream);
-  }
+void update_on_cuda(const std::vector<RunningStatistics>& norms, void* stream) {
+  if (!share_memory(norms)) return cuda::update_running_statistics(norms, stream);
+  for (const RunningStatistics& norm : norms) cuda::update_running_statistics({norm}, stream);
 }
 
-void update_running_statistics(const Tensor& mean, const Tensor& var, int64_t rows,
+void update_running_statistics(const Tensors& mean, const Tensors& var,
+                               const std::vector<int64_t>& rows,
+                               const std::vector<int64_t>& batches,
                                const std::vector<int64_t>& begins, const Tensors& running_mean,
                                const Tensors& running_var, const Tensors& num_batches_tracked,
                                const std::vector<double>& momentum,
                                const std::vector<bool>& cumulative) {
   const char* const op = "efficient_densenet::update_running_statistics";
-  EFFICIENT_DENSENET_CHECK(rows == 0 || rows > 1, op,
-                           "rows: expected 0 or more than one value per channel, got ", rows);
-  const Norms lists{begins, running_mean, running_var, num_batches_tracked, momentum, cumulative};
-  std::vector<RunningStatistics> norms = Update(op, mean, var, lists).norms();
-  if (rows == 0) {  // an empty batch is counted, and has no statistics
-    for (RunningStatistics& norm : norms) norm.channels = 0;
-  }
-  const Launcher launcher(mean.device());
-  if (launcher.is_cpu()) return cpu::update_running_statistics(norms, rows);
-  update_on_cuda(norms, rows, launcher.stream());
+  EFFICIENT_DENSENET_CHECK(!mean.empty(), op, "mean: expected at least one batch, got none");
+  const Update update(op, {mean, var, rows, batches, begins, running_mean, running_var,
+                           num_batches_tracked, momentum, cumulative});
+  const Launcher launcher(mean[0].device());
+  if (launcher.is_cpu()) return cpu::update_running_statistics(update.norms());
+  update_on_cuda(update.norms(), launcher.stream());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(efficient_densenet, m) {
   m.def(
-      "update_running_statistics(Tensor mean, Tensor var, int rows, int[] begins, "
-      "Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] num_batches_tracked, "
-      "float[] momentum, bool[] cumulative) -> ()");
+      "update_running_statistics(Tensor[] mean, Tensor[] var, int[] rows, int[] batches, "
+      "int[] begins, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, "
+      "Tensor(c!)[] num_batches_tracked, float[] momentum, bool[] cumulative) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_densenet, CPU, m) {

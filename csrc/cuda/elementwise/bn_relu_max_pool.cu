@@ -20,7 +20,7 @@
 // concat_bn_relu_backward on it in place, as on the CPU: a write and a read of the size of x more.
 // Why not 2 x 2 pixels per thread: half the reads of windows, but twice the registers, of which 8
 // channels leave none.
-#include "cuda/elementwise/concat_bn_relu_backward.cuh"
+#include "cuda/elementwise/sums.cuh"
 #include "operators/bn_relu_max_pool.h"
 
 namespace efficient_densenet::cuda {
@@ -218,8 +218,9 @@ __device__ void for_each_pixel(const Images& images, const Pooled& pooled, int64
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     max_pool_sums_kernel(const __grid_constant__ Images images, RowChunking chunking, BatchNorm bn,
-                         const __grid_constant__ Pooled pooled, double* partial_dz,
-                         double* partial_dz_centred) {
+                         const __grid_constant__ Pooled pooled,
+                         const __grid_constant__ Partials partials,
+                         const __grid_constant__ SumsOfBlocks<NormGradients<acc_t<T>>> result) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(images, images.walked, chunking);
@@ -241,7 +242,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for_each_pixel<T, V>(images, pooled, tile.channel, Position(row, images.walked), add);
     });
   }
-  write_partial_sums(sums, active, tile.channel, chunking, partial_dz, partial_dz_centred);
+  write_partial_sums(sums, active, tile.channel, partials);
+  add_in_last_block(partials, blockIdx.x, blockIdx.y, T_::first_of_block(images),
+                    T_::end_of_block(images), result);
 }
 
 template <typename T, int V>
@@ -347,15 +350,14 @@ void bn_relu_max_pool_backward(const KernelArgs& args, const BatchNorm& bn, cons
   const Call grad_x(args, pooled, pairs, LaunchGeometry::kElementwiseBlocks);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const RowChunking& chunking = sums.geometry.chunking;
-  double* const partial_dz = sums.geometry.workspace(args);
-  double* const partial_dz_centred = partial_dz + args.channels * chunking.chunks;
+  const Partials partials = sums.geometry.partials(args);
   sums.dispatch(args.element, [&](auto element, auto vector) {
     using T = decltype(element);
     constexpr int V = decltype(vector)::value;
     max_pool_sums_kernel<T, V><<<sums.geometry.grid(sums.images), sums.geometry.block, 0, stream>>>(
-        sums.images, chunking, bn, pooled, partial_dz, partial_dz_centred);
+        sums.images, chunking, bn, pooled, partials,
+        {{bn, gradients, args.channels, args.rows.count}});
     check(cudaGetLastError(), "max_pool_sums_kernel");
-    merge_gradients(args, bn, gradients, chunking, partial_dz, partial_dz_centred);
     max_pool_grad_x_kernel<T, V>
         <<<grad_x.geometry.grid(grad_x.images), grad_x.geometry.block, 0, stream>>>(
             grad_x.images, grad_x.geometry.chunking, bn, pooled, gradients);

@@ -5,14 +5,14 @@
 //   grad_x = scale * (dz - grad_bias / M - xhat * grad_weight / M)   with batch statistics
 //   grad_x = scale * dz                                              with running statistics
 //
-// Tiling: tile.cuh. First kernel: partial sums [C, chunks] of each block, merged by one warp per
-// channel. Second kernel: elementwise. A feature whose gradient is not needed is skipped there.
+// Tiling: tile.cuh. First kernel: sums of each block, added up in the last one (last_block.cuh).
+// Second kernel: elementwise. A feature whose gradient is not needed is skipped there.
 // Bytes: x and grad_y are read twice and grad_x written once, 5 * sizeof(T) per element. The sums
 // are needed before the first grad_x, and x and grad_y exceed the caches, so a single pass is not
 // possible.
 // Limit: memory bandwidth. Shared memory: 19 KB at V = 4. Sums: a thread's in the arithmetic type,
 // all others in double; fixed order everywhere.
-#include "cuda/elementwise/concat_bn_relu_backward.cuh"
+#include "cuda/elementwise/sums.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -21,8 +21,9 @@ template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
     backward_sums_kernel(const __grid_constant__ Inputs inputs,
                          const __grid_constant__ RowSpace rows, RowChunking chunking, BatchNorm bn,
-                         const __grid_constant__ View grad_y_view, double* partial_dz,
-                         double* partial_dz_centred) {
+                         const __grid_constant__ View grad_y_view,
+                         const __grid_constant__ Partials partials,
+                         const __grid_constant__ SumsOfBlocks<NormGradients<acc_t<T>>> result) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   constexpr int kChannels = T_::kChannels;
@@ -60,19 +61,9 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kChannels; ++k) sums[k].add(group[k].dz, group[k].dz_centred);
     });
   }
-  write_partial_sums(sums, active, tile.channel, chunking, partial_dz, partial_dz_centred);
-}
-
-template <typename Acc>
-__global__ void merge_sums_kernel(int64_t channels, RowChunking chunking, const double* partial_dz,
-                                  const double* partial_dz_centred, BatchNorm bn,
-                                  Gradients gradients) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
-  if (c >= channels) return;
-  const Sums<double> sums = merged_sums(c, chunking, partial_dz, partial_dz_centred);
-  if (threadIdx.x != 0) return;
-  const ChannelGradients<Acc> channel(sums, bn, c);
-  channel.write(gradients.grad_weight, gradients.grad_bias, c);
+  write_partial_sums(sums, active, tile.channel, partials);
+  add_in_last_block(partials, blockIdx.x, blockIdx.y, T_::first_of_block(inputs),
+                    T_::end_of_block(inputs), result);
 }
 
 template <typename T, int V, bool kChannelsInner, typename Inputs>
@@ -121,17 +112,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void merge_gradients(const KernelArgs& args, const BatchNorm& bn, const Gradients& gradients,
-                     const RowChunking& chunking, const double* partial_dz,
-                     const double* partial_dz_centred) {
-  const auto kernel =
-      is_double(args.element) ? merge_sums_kernel<double> : merge_sums_kernel<float>;
-  kernel<<<merge_grid(args.channels), merge_block(), 0, static_cast<cudaStream_t>(args.stream)>>>(
-      args.channels, chunking, partial_dz, partial_dz_centred, bn, gradients);
-  check(cudaGetLastError(), "merge_sums_kernel");
-}
-
-void backward_elementwise(const KernelArgs& args, const BatchNorm& bn, const Gradients& gradients) {
+void concat_bn_relu_backward_features(const KernelArgs& args, const BatchNorm& bn,
+                                      const Gradients& gradients) {
   const LaunchGeometry geometry(args, &gradients.grad_y, LaunchGeometry::kElementwiseBlocks);
   const auto kernel = [](auto element, auto access) {
     using W = decltype(access);
@@ -141,20 +123,28 @@ void backward_elementwise(const KernelArgs& args, const BatchNorm& bn, const Gra
   launch_over_inputs("grad_features_kernel", kernel, args, geometry, bn, gradients);
 }
 
+void concat_bn_relu_backward_sums(const KernelArgs& args, const BatchNorm& bn,
+                                  const Gradients& gradients) {
+  const LaunchGeometry geometry(args, &gradients.grad_y, LaunchGeometry::kReductionBlocks);
+  const Partials partials = geometry.partials(args);
+  dispatch(args, geometry.access, [&](auto element, auto access) {
+    using T = decltype(element);
+    using W = decltype(access);
+    const SumsOfBlocks<NormGradients<acc_t<T>>> result{
+        {bn, gradients, args.channels, args.rows.count}};
+    for_each_inputs<typename W::Inputs>(args, [&](const auto& inputs) {
+      backward_sums_kernel<T, W::vector, W::channels_inner>
+          <<<geometry.grid(inputs), geometry.block, 0, static_cast<cudaStream_t>(args.stream)>>>(
+              inputs, args.rows, geometry.chunking, bn, gradients.grad_y, partials, result);
+      check(cudaGetLastError(), "backward_sums_kernel");
+    });
+  });
+}
+
 void concat_bn_relu_backward(const KernelArgs& args, const BatchNorm& bn,
                              const Gradients& gradients) {
-  const LaunchGeometry geometry(args, &gradients.grad_y, LaunchGeometry::kReductionBlocks);
-  double* const partial_dz = geometry.workspace(args);
-  double* const partial_dz_centred = partial_dz + args.channels * geometry.chunking.chunks;
-  const auto kernel = [](auto element, auto access) {
-    using W = decltype(access);
-    return backward_sums_kernel<decltype(element), W::vector, W::channels_inner,
-                                typename W::Inputs>;
-  };
-  launch_over_inputs("backward_sums_kernel", kernel, args, geometry, bn, gradients.grad_y,
-                     partial_dz, partial_dz_centred);
-  merge_gradients(args, bn, gradients, geometry.chunking, partial_dz, partial_dz_centred);
-  backward_elementwise(args, bn, gradients);
+  concat_bn_relu_backward_sums(args, bn, gradients);
+  concat_bn_relu_backward_features(args, bn, gradients);
 }
 
 }  // namespace efficient_densenet::cuda

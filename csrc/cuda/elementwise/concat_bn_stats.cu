@@ -6,9 +6,9 @@
 // thread's moments, threads' into the block's, blocks' into the channel's (Chan, Golub and LeVeque
 // 1983). So neither a mean of many standard deviations nor many rows cost accuracy, and the order
 // of all sums depends on shapes, strides and alignment alone.
-// Tiling: tile.cuh; partial results [C, chunks], then one warp per channel.
+// Tiling: tile.cuh; partial results of blocks are added up in the last one (last_block.cuh).
 // Bytes: each element is read once (and written once where it is copied), sizeof(T) per element; 16
-// bytes per channel and chunk besides.
+// bytes per channel and block besides.
 // Limit: memory bandwidth. Shared memory: 20 KB at V = 8.
 #include "cuda/elementwise/moments.cuh"
 
@@ -46,8 +46,8 @@ template <typename T, int V, bool kChannelsInner, typename Inputs>
 __global__ void __launch_bounds__(kThreads)
     concat_bn_stats_kernel(const __grid_constant__ Inputs inputs,
                            const __grid_constant__ RowSpace rows, RowChunking chunking,
-                           const __grid_constant__ View copy, double* partial_mean,
-                           double* partial_m2) {
+                           const __grid_constant__ View copy,
+                           const __grid_constant__ Partials partials, MomentsOfBlocks result) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, kChannelsInner>;
   constexpr int kChannels = T_::kChannels;
@@ -114,73 +114,32 @@ __global__ void __launch_bounds__(kThreads)
             [&](int k) { return shared_m2[k][i]; });
       });
 
-  // 3. One partial result per channel and chunk.
+  // 3. One partial result per channel and block.
   if (active && threadIdx.y == 0) {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
-      const int64_t i = partial_index(chunking, tile.channel + k);
-      partial_mean[i] = static_cast<double>(shift[k]) + base[k] + moments.mean[k];
-      partial_m2[i] = moments.m2[k];
+      const int64_t i = partials.at(blockIdx.y, tile.channel + k);
+      partials.first[i] = static_cast<double>(shift[k]) + base[k] + moments.mean[k];
+      partials.second[i] = moments.m2[k];
     }
   }
-}
-
-// First the mean over all chunks, then the squares about it: no division per chunk, and the loads
-// of a pass do not wait for one another.
-__global__ void merge_moments_kernel(int64_t channels, int64_t row_count, RowChunking chunking,
-                                     const double* partial_mean, const double* partial_m2,
-                                     Statistics statistics) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
-  if (c >= channels) return;
-  const double* const means = partial_mean + c * chunking.chunks;
-  const double* const m2s = partial_m2 + c * chunking.chunks;
-  const auto count = [&](int chunk) {
-    const int64_t begin = chunk * chunking.rows_per_chunk;
-    return static_cast<double>(min(chunking.rows_per_chunk, row_count - begin));
-  };
-  const auto sum = [&](const auto& term) {
-    double total = 0;
-#pragma unroll 4
-    for (int chunk = threadIdx.x; chunk < chunking.chunks; chunk += kWarp) total += term(chunk);
-    for (int half = kWarp / 2; half > 0; half /= 2) total += __shfl_xor_sync(~0u, total, half);
-    return total;
-  };
-  const double first = means[0];  // sums relative to it keep the digits of a large mean
-  const double mean = first + sum([&](int i) { return count(i) * (means[i] - first); }) / row_count;
-  const double m2 = sum([&](int i) {
-    const double delta = means[i] - mean;
-    return fma(count(i) * delta, delta, m2s[i]);
-  });
-  if (threadIdx.x != 0) return;
-  statistics.mean[c] = mean;
-  statistics.var[c] = m2 / row_count;
+  add_in_last_block(partials, blockIdx.x, blockIdx.y, T_::first_of_block(inputs),
+                    T_::end_of_block(inputs), result);
 }
 
 }  // namespace
 
-void merge_moments(int64_t channels, int64_t row_count, const RowChunking& chunking,
-                   const double* partial_mean, const double* partial_m2,
-                   const Statistics& statistics, void* stream) {
-  merge_moments_kernel<<<merge_grid(channels), merge_block(), 0,
-                         static_cast<cudaStream_t>(stream)>>>(channels, row_count, chunking,
-                                                              partial_mean, partial_m2, statistics);
-  check(cudaGetLastError(), "merge_moments_kernel");
-}
-
 void concat_bn_stats(const KernelArgs& args, const Statistics& statistics) {
   const LaunchGeometry geometry(args, statistics.copy, LaunchGeometry::kReductionBlocks);
   const View copy = statistics.copy == nullptr ? View{} : *statistics.copy;
-  double* const partial_mean = geometry.workspace(args);
-  double* const partial_m2 = partial_mean + args.channels * geometry.chunking.chunks;
+  const MomentsOfBlocks result = moments_of_blocks(args.rows.count, geometry.chunking, &statistics);
   const auto kernel = [](auto element, auto access) {
     using W = decltype(access);
     return concat_bn_stats_kernel<decltype(element), W::vector, W::channels_inner,
                                   typename W::Inputs>;
   };
-  launch_over_inputs("concat_bn_stats_kernel", kernel, args, geometry, copy, partial_mean,
-                     partial_m2);
-  merge_moments(args.channels, args.rows.count, geometry.chunking, partial_mean, partial_m2,
-                statistics, args.stream);
+  launch_over_inputs("concat_bn_stats_kernel", kernel, args, geometry, copy,
+                     geometry.partials(args), result);
 }
 
 }  // namespace efficient_densenet::cuda

@@ -65,8 +65,9 @@ __global__ void __launch_bounds__(kThreads)
     accumulate_kernel(const __grid_constant__ Matrix matrix, const __grid_constant__ RowSpace rows,
                       RowChunking chunking, BatchNorm bn, const __grid_constant__ View grad_y_view,
                       const __grid_constant__ Pooling pooling,
-                      const __grid_constant__ View grad_features_view, bool first_reader,
-                      double* partial_dz, double* partial_dz_centred) {
+                      const __grid_constant__ View grad_features_view,
+                      const __grid_constant__ Partials partials,
+                      const __grid_constant__ SumsOfBlocks<ReaderGradients<acc_t<T>>> result) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   using Source = Source_<T, V>;
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int s = 0; s < kSteps; ++s) {
         x_packs[s] = *x.at(row + s * tile.row_step);
         grad_packs[s] = grad_y.load(row + s * tile.row_step);
-        if (!first_reader) sum_packs[s] = *grad_features.at(row + s * tile.row_step);
+        if (!result.result.args.first_reader)
+          sum_packs[s] = *grad_features.at(row + s * tile.row_step);
       }
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
@@ -108,37 +110,9 @@ __global__ void __launch_bounds__(kThreads)
       }
     });
   }
-  write_partial_sums(sums, active, tile.channel, chunking, partial_dz, partial_dz_centred);
-}
-
-// One warp per channel: the sums over the chunks so far and, with the last, what follows from them.
-template <typename Acc>
-__global__ void merge_norm_grad_kernel(int64_t channels, RowChunking chunking,
-                                       const double* partial_dz, const double* partial_dz_centred,
-                                       BatchNorm bn,
-                                       const __grid_constant__ NormGradArgs norm_grad) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
-  if (c >= channels) return;
-  Sums<double> sums = merged_sums(c, chunking, partial_dz, partial_dz_centred);
-  if (threadIdx.x != 0) return;
-  double &all_dz = norm_grad.sums[c], &all_dz_centred = norm_grad.sums[channels + c];
-  if (!norm_grad.first_chunk) sums.add(all_dz, all_dz_centred);
-  if (!norm_grad.last_chunk) {
-    all_dz = sums.dz;
-    all_dz_centred = sums.dz_centred;
-    return;
-  }
-  const ChannelGradients<Acc> channel(sums, bn, c);
-  channel.write(norm_grad.grad_weight, norm_grad.grad_bias, c);
-  const double weight = bn.weight == nullptr ? 1 : static_cast<const Acc*>(bn.weight)[c];
-  // The sums of other norms may be infinite, so that 0 times them is NaN.
-  const bool corrects = norm_grad.batch_statistics;
-  const double scale = weight * channel.inverse_std;
-  const double s1 = corrects ? scale * channel.grad_bias : 0;
-  const double s2 = corrects ? scale * channel.inverse_std * channel.grad_weight : 0;
-  double &all_s1 = norm_grad.correction.s1[c], &all_s2 = norm_grad.correction.s2[c];
-  all_s1 = norm_grad.first_reader ? s1 : all_s1 + s1;
-  all_s2 = norm_grad.first_reader ? s2 : all_s2 + s2;
+  write_partial_sums(sums, active, tile.channel, partials);
+  add_in_last_block(partials, blockIdx.x, blockIdx.y, T_::first_of_block(matrix),
+                    T_::end_of_block(matrix), result);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -239,16 +213,6 @@ RowSpace pooled_rows(const Pooling& pooling) {
 
 }  // namespace
 
-void merge_norm_grad(const KernelArgs& args, const BatchNorm& bn, const NormGradArgs& norm_grad,
-                     const RowChunking& chunking, const double* partial_dz,
-                     const double* partial_dz_centred) {
-  const auto kernel =
-      is_double(args.element) ? merge_norm_grad_kernel<double> : merge_norm_grad_kernel<float>;
-  kernel<<<merge_grid(args.channels), merge_block(), 0, static_cast<cudaStream_t>(args.stream)>>>(
-      args.channels, chunking, partial_dz, partial_dz_centred, bn, norm_grad);
-  check(cudaGetLastError(), "merge_norm_grad_kernel");
-}
-
 void accumulate_norm_grad(const KernelArgs& args, const BatchNorm& bn,
                           const NormGradArgs& norm_grad) {
   // For the choice of accesses, G is the gradient of x.
@@ -257,8 +221,7 @@ void accumulate_norm_grad(const KernelArgs& args, const BatchNorm& bn,
   const LaunchGeometry geometry(all, &norm_grad.grad_y, LaunchGeometry::kReductionBlocks);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const Pooling pooling = norm_grad.pooling == nullptr ? Pooling{} : *norm_grad.pooling;
-  double* const partial_dz = geometry.workspace(args);
-  double* const partial_dz_centred = partial_dz + args.channels * geometry.chunking.chunks;
+  const Partials partials = geometry.partials(args);
   const Matrix matrix{args.features[0]};
   dispatch_matrix(args.element, geometry.access.vector, [&](auto element, auto access) {
     using T = decltype(element);
@@ -267,10 +230,10 @@ void accumulate_norm_grad(const KernelArgs& args, const BatchNorm& bn,
                                                      : accumulate_kernel<T, V, PooledSource>;
     kernel<<<geometry.grid(matrix), geometry.block, 0, stream>>>(
         matrix, args.rows, geometry.chunking, bn, norm_grad.grad_y, pooling,
-        norm_grad.grad_features, norm_grad.first_reader, partial_dz, partial_dz_centred);
+        norm_grad.grad_features, partials,
+        SumsOfBlocks<ReaderGradients<acc_t<T>>>{{bn, norm_grad, args.channels}});
     check(cudaGetLastError(), "accumulate_kernel");
   });
-  merge_norm_grad(args, bn, norm_grad, geometry.chunking, partial_dz, partial_dz_centred);
 }
 
 void apply_bn_correction(const KernelArgs& args, const View& grad_features, const double* mean,

@@ -14,26 +14,28 @@
 namespace efficient_densenet::cuda {
 namespace {
 
-// Where the chunks of images end up: [images, C, chunks], or y where there is one chunk.
 template <typename T>
 struct Averages {
   T* y;
-  int64_t row_stride;
-  double* partial;
-  int64_t channels, pixels;
-  int chunks;
-
-  __device__ void put(int64_t image, int64_t channel, int chunk, double sum) const {
-    if (chunks > 1) {
-      partial[(image * channels + channel) * chunks + chunk] = sum;
-    } else {
-      write(image, channel, sum);
-    }
-  }
+  int64_t row_stride, pixels;
 
   __device__ void write(int64_t image, int64_t channel, double sum) const {
     y[image * row_stride + channel] = narrow<T>(static_cast<acc_t<T>>(sum / pixels));
   }
+};
+
+// Of one image, from the sums of its chunks: an operation of last_block.cuh.
+template <typename T>
+struct AverageOfChunks {
+  Averages<T> averages;
+  int64_t image;
+
+  __device__ Pair add(const Partials& partials, const Members& members, const Sharing& sharing,
+                      int64_t c) const {
+    const auto load = [&](int i) { return partials.load(members.base + i, c); };
+    return sharing.sum(members, load, [](int, const Pair& pair) { return pair; });
+  }
+  __device__ void finish(const Pair& sum, int64_t c) const { averages.write(image, c, sum.first); }
 };
 
 // The sum over the threads of each channel, with threadIdx.y = 0.
@@ -57,7 +59,8 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     average_kernel(const __grid_constant__ Matrix matrix,
                    const __grid_constant__ RowSpace image_rows, int64_t images,
-                   RowChunking chunking, BatchNorm bn, Averages<T> averages) {
+                   RowChunking chunking, BatchNorm bn, Averages<T> averages,
+                   const __grid_constant__ Partials all_partials) {
   using Acc = acc_t<T>;
   using T_ = Tile<V, true>;
   const T_ tile(matrix, image_rows, chunking);
@@ -86,24 +89,25 @@ __global__ void __launch_bounds__(kThreads)
     }
     double sums[V];
     sum_over_threads(own, sums);
-    if (!active || threadIdx.y != 0) continue;
+    const bool has_sums = active && threadIdx.y == 0;
+    if (all_partials.blocks == 1) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) averages.put(image, tile.channel + k, blockIdx.y, sums[k]);
+      for (int k = 0; k < V; ++k) {
+        if (has_sums) averages.write(image, tile.channel + k, sums[k]);
+      }
+      continue;
+    }
+    Partials partials = all_partials;  // of the image: one number each, which both pointers are
+    partials.first += image * (partials.blocks + partials.teams) * partials.channels;
+    partials.second = partials.first;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      if (has_sums) partials.first[partials.at(blockIdx.y, tile.channel + k)] = sums[k];
+    }
+    add_in_last_block(partials, static_cast<int>(image * gridDim.x + blockIdx.x), blockIdx.y,
+                      T_::first_of_block(matrix), T_::end_of_block(matrix),
+                      AverageOfChunks<T>{averages, image});
   }
-}
-
-// One warp per image and channel.
-template <typename T>
-__global__ void merge_averages_kernel(int64_t count, Averages<T> averages) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.y;
-  if (i >= count) return;
-  double sum = 0;
-  for (int chunk = threadIdx.x; chunk < averages.chunks; chunk += kWarp) {
-    sum += averages.partial[i * averages.chunks + chunk];
-  }
-  for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_down_sync(~0u, sum, half);
-  const int64_t image = i / averages.channels;
-  if (threadIdx.x == 0) averages.write(image, i - image * averages.channels, sum);
 }
 
 }  // namespace
@@ -117,20 +121,20 @@ void average_images(const KernelArgs& args, const BatchNorm& bn, const Pooling& 
   const Matrix matrix{args.features[0]};
   const int chunks = geometry.chunking.chunks;
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  const int64_t count = pooling.images * args.channels;
-  double* const partial = chunks > 1 ? args.workspace(count * chunks) : nullptr;
   dim3 grid = geometry.grid(matrix);
+  const int teams = Partials::teams_of(chunks, ceil_div(args.channels, grid.x));
+  Partials partials{nullptr, nullptr, args.channels, chunks, teams, nullptr};  // [images] of them
+  if (chunks > 1) {
+    partials.first = args.workspace(pooling.images * (chunks + teams) * args.channels);
+    partials.tickets = args.tickets(pooling.images * grid.x * Partials::group_tickets(teams));
+  }
   grid.z = static_cast<unsigned>(std::min<int64_t>(pooling.images, 65535));
   dispatch_matrix(args.element, geometry.access.vector, [&](auto element, auto access) {
     using T = decltype(element);
-    const Averages<T> averages{static_cast<T*>(y.data), y.row_strides[0], partial,
-                               args.channels,           pooling.window,   chunks};
+    const Averages<T> averages{static_cast<T*>(y.data), y.row_strides[0], pooling.window};
     average_kernel<T, decltype(access)::vector><<<grid, geometry.block, 0, stream>>>(
-        matrix, image.rows, pooling.images, geometry.chunking, bn, averages);
+        matrix, image.rows, pooling.images, geometry.chunking, bn, averages, partials);
     check(cudaGetLastError(), "average_kernel");
-    if (chunks == 1) return;
-    merge_averages_kernel<T><<<merge_grid(count), merge_block(), 0, stream>>>(count, averages);
-    check(cudaGetLastError(), "merge_averages_kernel");
   });
 }
 

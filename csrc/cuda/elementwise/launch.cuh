@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "common/checks.h"
-#include "cuda/elementwise/tile.cuh"
+#include "cuda/elementwise/last_block.cuh"
 
 namespace efficient_densenet::cuda {
 
@@ -124,6 +124,16 @@ inline RowChunking choose_row_chunks(const KernelArgs& args, const Access& acces
   return {fitting, static_cast<int>(ceil_div(args.rows.count, fitting))};
 }
 
+// Memory for the partial results of so many groups of blocks.
+inline Partials make_partials(const KernelArgs& args, int64_t channels, int blocks,
+                              int64_t groups) {
+  const int teams = Partials::teams_of(blocks, ceil_div(channels, groups));
+  const int64_t numbers = (blocks + teams) * channels;
+  double* const first = args.workspace(2 * numbers);
+  return {first,  first + numbers, channels,
+          blocks, teams,           args.tickets(groups * Partials::group_tickets(teams))};
+}
+
 // The geometry of a call.
 struct LaunchGeometry {
   Access access;
@@ -143,9 +153,10 @@ struct LaunchGeometry {
         block(block_shape(args, access)),
         chunking(choose_row_chunks(args, access, block, blocks)) {}
 
-  // Two arrays of partial results.
-  double* workspace(const KernelArgs& args) const {
-    return args.workspace(2 * args.channels * chunking.chunks);
+  // Of a reduction over the rows: a group of blocks is one blockIdx.x.
+  Partials partials(const KernelArgs& args) const {
+    return make_partials(args, args.channels, chunking.chunks,
+                         channel_blocks(args.channels, access, block));
   }
 
   template <typename Inputs>
@@ -154,10 +165,6 @@ struct LaunchGeometry {
     return dim3(channel_blocks(channels, access, block), chunking.chunks);
   }
 };
-
-inline dim3 merge_grid(int64_t channels) { return dim3(ceil_div(channels, kMergeWarps)); }
-
-inline dim3 merge_block() { return dim3(kWarp, kMergeWarps); }
 
 template <int V, bool kChannelsInner, typename Inputs_>
 struct AccessTag {

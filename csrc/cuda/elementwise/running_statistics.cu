@@ -7,19 +7,25 @@
 namespace efficient_densenet::cuda {
 namespace {
 
-constexpr int kMaxNorms = 48;  // 3.5 KB of kernel parameters
+// Norms of one launch, which are among the kernel's parameters: 4 KB of them on any driver, and 32
+// on those that CUDA 13 needs.
+constexpr int kSmallList = 36;
+constexpr int kLargeList = CUDART_VERSION >= 13000 ? 312 : kSmallList;
 
+template <int size>
 struct NormList {
-  RunningStatistics items[kMaxNorms];
+  RunningStatistics items[size];
 };
+static_assert(sizeof(NormList<kSmallList>) <= 4096 && sizeof(NormList<kLargeList>) <= 32764);
 
 template <typename T>
-__device__ void move_all(T* running, int64_t channels, double momentum, const double* batch,
-                         double factor) {
+__device__ void move_all(T* running, int64_t stride, int64_t channels, double momentum,
+                         const double* batch, double factor) {
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
+    T& average = running[c * stride];
     const double moved =
-        (1 - momentum) * static_cast<double>(widen(running[c])) + momentum * (batch[c] * factor);
-    running[c] = narrow<T>(static_cast<acc_t<T>>(moved));
+        (1 - momentum) * static_cast<double>(widen(average)) + momentum * (batch[c] * factor);
+    average = narrow<T>(static_cast<acc_t<T>>(moved));
   }
 }
 
@@ -27,7 +33,8 @@ __device__ void move(const RunningBuffer& running, int64_t channels, double mome
                      const double* batch, double factor) {
   if (running.data == nullptr) return;
   const auto as = [&](auto element) {
-    move_all(static_cast<decltype(element)*>(running.data), channels, momentum, batch, factor);
+    move_all(static_cast<decltype(element)*>(running.data), running.stride, channels, momentum,
+             batch, factor);
   };
   switch (running.element) {
     case Element::kDouble:
@@ -41,8 +48,8 @@ __device__ void move(const RunningBuffer& running, int64_t channels, double mome
   }
 }
 
-__global__ void update_running_statistics_kernel(const __grid_constant__ NormList norms,
-                                                 double unbiased) {
+template <int size>
+__global__ void update_running_statistics_kernel(const __grid_constant__ NormList<size> norms) {
   const RunningStatistics& norm = norms.items[blockIdx.x];
   const bool counts = norm.num_batches_tracked != nullptr;
   const int64_t count = counts ? *norm.num_batches_tracked + 1 : 0;
@@ -51,21 +58,24 @@ __global__ void update_running_statistics_kernel(const __grid_constant__ NormLis
   double momentum = norm.momentum;
   if (norm.cumulative) momentum = counts ? 1.0 / static_cast<double>(count) : 0.0;
   move(norm.running_mean, norm.channels, momentum, norm.mean, 1);
-  move(norm.running_var, norm.channels, momentum, norm.var, unbiased);
+  move(norm.running_var, norm.channels, momentum, norm.var, norm.unbiased);
+}
+
+template <int size>
+void launch(const RunningStatistics* norms, int64_t count, void* stream) {
+  NormList<size> list;
+  std::copy_n(norms, count, list.items);
+  update_running_statistics_kernel<<<count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(list);
+  check(cudaGetLastError(), "update_running_statistics_kernel");
 }
 
 }  // namespace
 
-void update_running_statistics(const std::vector<RunningStatistics>& norms, int64_t rows,
-                               void* stream) {
-  const double unbiased = static_cast<double>(rows) / static_cast<double>(rows - 1);
-  for (size_t begin = 0; begin < norms.size(); begin += kMaxNorms) {
-    const size_t count = std::min<size_t>(kMaxNorms, norms.size() - begin);
-    NormList list;
-    std::copy_n(norms.begin() + begin, count, list.items);
-    update_running_statistics_kernel<<<count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        list, unbiased);
-    check(cudaGetLastError(), "update_running_statistics_kernel");
+void update_running_statistics(const std::vector<RunningStatistics>& norms, void* stream) {
+  for (size_t begin = 0; begin < norms.size(); begin += kLargeList) {
+    const size_t count = std::min<size_t>(kLargeList, norms.size() - begin);
+    const auto launch = count <= kSmallList ? cuda::launch<kSmallList> : cuda::launch<kLargeList>;
+    launch(&norms[begin], count, stream);
   }
 }
 

@@ -29,11 +29,10 @@ struct Sums {
   }
 };
 
-// A block's sums, from those of its threads: one partial result per channel and chunk.
+// A block's sums, from those of its threads: one partial result per channel and block.
 template <typename Acc, int kChannels>
 __device__ void write_partial_sums(const Sums<Acc> (&own)[kChannels], bool active, int64_t channel,
-                                   const RowChunking& chunking, double* partial_dz,
-                                   double* partial_dz_centred) {
+                                   const Partials& partials) {
   __shared__ double shared_dz[kChannels][kThreads], shared_dz_centred[kChannels][kThreads];
   Sums<double> sums[kChannels] = {};
 #pragma unroll
@@ -55,9 +54,9 @@ __device__ void write_partial_sums(const Sums<Acc> (&own)[kChannels], bool activ
   if (!active || threadIdx.y != 0) return;
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
-    const int64_t i = partial_index(chunking, channel + k);
-    partial_dz[i] = sums[k].dz;
-    partial_dz_centred[i] = sums[k].dz_centred;
+    const int64_t i = partials.at(blockIdx.y, channel + k);
+    partials.first[i] = sums[k].dz;
+    partials.second[i] = sums[k].dz_centred;
   }
 }
 
@@ -89,32 +88,30 @@ __device__ int add_lanes(float (&dz)[kColumns], float (&dz_centred)[kColumns]) {
   return column;
 }
 
-// The sums of channel c over all chunks, with the first thread of a warp.
-__device__ inline Sums<double> merged_sums(int64_t c, const RowChunking& chunking,
-                                           const double* partial_dz,
-                                           const double* partial_dz_centred) {
-  Sums<double> sums{};
-  for (int chunk = threadIdx.x; chunk < chunking.chunks; chunk += kWarp) {
-    const int64_t i = c * chunking.chunks + chunk;
-    sums.add(partial_dz[i], partial_dz_centred[i]);
+// The sums of each channel, from those of the blocks that share its rows (last_block.cuh), and what
+// Result::write makes of them.
+template <typename Result>
+struct SumsOfBlocks {
+  Result result;
+
+  __device__ Pair add(const Partials& partials, const Members& members, const Sharing& sharing,
+                      int64_t c) const {
+    const auto load = [&](int i) { return partials.load(members.base + i, c); };
+    return sharing.sum(members, load, [](int, const Pair& pair) { return pair; });
   }
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-    sums.add(__shfl_down_sync(~0u, sums.dz, half), __shfl_down_sync(~0u, sums.dz_centred, half));
+  __device__ void finish(const Pair& sums, int64_t c) const {
+    result.write({sums.first, sums.second}, result.prepare(c), c);
   }
-  return sums;
-}
+};
 
 // What follows from the sums of channel c over all rows.
 template <typename Acc>
 struct ChannelGradients {
-  double grad_bias, grad_weight, inverse_std;
+  double grad_bias, grad_weight;
 
-  __device__ ChannelGradients(const Sums<double>& sums, const BatchNorm& bn, int64_t c) {
-    inverse_std = NormCoefficients<Acc>::inverse_sqrt(bn.var[c] + bn.eps);
-    const double mean_residual = NormCoefficients<Acc>::load(bn, c).mean_residual;
-    grad_bias = sums.dz;
-    grad_weight = (sums.dz_centred - mean_residual * sums.dz) * inverse_std;
-  }
+  __device__ ChannelGradients(const Sums<double>& sums, Acc mean_residual, double inverse_std)
+      : grad_bias(sums.dz),
+        grad_weight((sums.dz_centred - double(mean_residual) * sums.dz) * inverse_std) {}
 
   __device__ void write(void* grad_weights, void* grad_biases, int64_t c) const {
     static_cast<Acc*>(grad_biases)[c] = static_cast<Acc>(grad_bias);
@@ -153,16 +150,32 @@ template <typename Acc>
 struct NormGradCoefficients : NormCoefficients<Acc> {
   Acc offset, slope;
 
-  __device__ static NormGradCoefficients load(const BatchNorm& bn, const Gradients& gradients,
-                                              int64_t c, int64_t row_count) {
-    NormGradCoefficients channel{NormCoefficients<Acc>::load(bn, c), Acc(0), Acc(0)};
-    if (!gradients.batch_statistics) return channel;
+  __device__ static NormGradCoefficients of(const NormCoefficients<Acc>& norm,
+                                            bool batch_statistics, Acc grad_weight, Acc grad_bias,
+                                            int64_t row_count) {
+    NormGradCoefficients channel{norm, Acc(0), Acc(0)};
+    if (!batch_statistics) return channel;
     const Acc per_row = channel.scale / static_cast<Acc>(row_count);
-    const Acc grad_weight = static_cast<const Acc*>(gradients.grad_weight)[c];
     channel.slope = per_row * channel.inverse_std * grad_weight;
-    channel.offset = per_row * static_cast<const Acc*>(gradients.grad_bias)[c];
+    channel.offset = per_row * grad_bias;
     channel.offset = fma(-channel.mean_residual, channel.slope, channel.offset);
     return channel;
+  }
+
+  __device__ static NormGradCoefficients load(const BatchNorm& bn, const Gradients& gradients,
+                                              int64_t c, int64_t row_count) {
+    return of(NormCoefficients<Acc>::load(bn, c), gradients.batch_statistics,
+              static_cast<const Acc*>(gradients.grad_weight)[c],
+              static_cast<const Acc*>(gradients.grad_bias)[c], row_count);
+  }
+
+  // As numbers of their own, [kNumbers, channels], for kernels that apply them as they read dz.
+  static constexpr int kNumbers = 5;
+
+  __device__ void store(Acc* numbers, int64_t c, int64_t channels) const {
+    const Acc own[kNumbers] = {this->mean, this->scale, this->bias, offset, slope};
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) numbers[i * channels + c] = own[i];
   }
 
   // `corrects` is that of load. Without it x is not touched: 0 times an infinite x is NaN.
@@ -172,10 +185,83 @@ struct NormGradCoefficients : NormCoefficients<Acc> {
   }
 };
 
-// What a reader's sums over all rows lead to, from the partial results [C, chunks] of a kernel that
-// has added to G: one warp per channel. In dense_block.cu.
-void merge_norm_grad(const KernelArgs& args, const BatchNorm& bn, const NormGradArgs& norm_grad,
-                     const RowChunking& chunking, const double* partial_dz,
-                     const double* partial_dz_centred);
+// What a channel's sums are turned into results with: read before the sums are there, so that
+// nobody waits for one after the other.
+template <typename Acc>
+struct ChannelNorm {
+  NormCoefficients<Acc> norm;
+  double inverse_std;
+
+  __device__ static ChannelNorm load(const BatchNorm& bn, int64_t c) {
+    return {NormCoefficients<Acc>::load(bn, c),
+            NormCoefficients<Acc>::inverse_sqrt(bn.var[c] + bn.eps)};
+  }
+  __device__ ChannelGradients<Acc> gradients(const Sums<double>& sums) const {
+    return {sums, norm.mean_residual, inverse_std};
+  }
+};
+
+// The gradients of a norm's weight and bias, [C], and the coefficients where they are asked for.
+template <typename Acc>
+struct NormGradients {
+  BatchNorm bn;
+  Gradients gradients;
+  int64_t channels, rows;
+
+  __device__ ChannelNorm<Acc> prepare(int64_t c) const { return ChannelNorm<Acc>::load(bn, c); }
+
+  __device__ void write(const Sums<double>& sums, const ChannelNorm<Acc>& channel,
+                        int64_t c) const {
+    const ChannelGradients<Acc> own = channel.gradients(sums);
+    own.write(gradients.grad_weight, gradients.grad_bias, c);
+    if constexpr (std::is_same_v<Acc, float>) {
+      if (gradients.coefficients == nullptr) return;
+      NormGradCoefficients<Acc>::of(channel.norm, gradients.batch_statistics,
+                                    static_cast<Acc>(own.grad_weight),
+                                    static_cast<Acc>(own.grad_bias), rows)
+          .store(gradients.coefficients, c, channels);
+    }
+  }
+};
+
+// What a reader of the block's features sends back, of sums over the chunks of rows so far: with
+// the last of them, also to S1 and S2.
+template <typename Acc>
+struct ReaderGradients {
+  BatchNorm bn;
+  NormGradArgs args;
+  int64_t channels;
+
+  struct Channel {
+    ChannelNorm<Acc> norm;
+    double weight, s1, s2;  // s1, s2: those of the readers before
+  };
+
+  __device__ Channel prepare(int64_t c) const {
+    const double weight = bn.weight == nullptr ? 1 : static_cast<const Acc*>(bn.weight)[c];
+    const bool adds = args.last_chunk && !args.first_reader;
+    return {ChannelNorm<Acc>::load(bn, c), weight, adds ? args.correction.s1[c] : 0,
+            adds ? args.correction.s2[c] : 0};
+  }
+
+  __device__ void write(Sums<double> sums, const Channel& channel, int64_t c) const {
+    double &all_dz = args.sums[c], &all_dz_centred = args.sums[channels + c];
+    if (!args.first_chunk) sums.add(all_dz, all_dz_centred);
+    if (!args.last_chunk) {
+      all_dz = sums.dz;
+      all_dz_centred = sums.dz_centred;
+      return;
+    }
+    const ChannelGradients<Acc> own = channel.norm.gradients(sums);
+    own.write(args.grad_weight, args.grad_bias, c);
+    // The sums of other norms may be infinite, so that 0 times them is NaN.
+    const bool corrects = args.batch_statistics;
+    const double scale = channel.weight * channel.norm.inverse_std;
+    const double s1 = corrects ? scale * own.grad_bias : 0;
+    const double s2 = corrects ? scale * channel.norm.inverse_std * own.grad_weight : 0;
+    args.correction.s1[c] = args.first_reader ? s1 : channel.s1 + s1;
+    args.correction.s2[c] = args.first_reader ? s2 : channel.s2 + s2;
+  }
+};
 
 }  // namespace efficient_densenet::cuda

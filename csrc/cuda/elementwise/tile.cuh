@@ -142,6 +142,17 @@ struct Tile {
     row_step = static_cast<int64_t>(blockDim.y) * kRows;
   }
 
+  // The channels of a block, which all blocks of a group share.
+  template <typename Inputs>
+  __device__ static int64_t first_of_block(const Inputs& inputs) {
+    return inputs.first_channel() + static_cast<int64_t>(blockIdx.x) * blockDim.x * kChannels;
+  }
+
+  template <typename Inputs>
+  __device__ static int64_t end_of_block(const Inputs& inputs) {
+    return min(first_of_block(inputs) + blockDim.x * kChannels, inputs.end_channel());
+  }
+
   // Which of the thread's channels the i-th of its V elements belongs to.
   __device__ static constexpr int channel_of(int i) { return kChannelsInner ? i : 0; }
 
@@ -266,13 +277,6 @@ __device__ bool relu_is_open(acc_t<T> value) {
   return !(value <= kRoundsToZero);
 }
 
-// Sums over rows leave a block as one partial result per channel and chunk, [C, chunks], and are
-// merged by one warp per channel in a second kernel. Partial results are double: they are few, and
-// the merge then adds no error of its own.
-__device__ inline int64_t partial_index(const RowChunking& chunking, int64_t channel) {
-  return channel * chunking.chunks + blockIdx.y;
-}
-
 // Merges what the threads of each channel hold, a tree over threadIdx.y: put(i) shares a thread's
 // own at place i, take(i) adds what is there. The result is with threadIdx.y = 0.
 template <typename Put, typename Take>
@@ -289,6 +293,5 @@ __device__ void reduce_threads(const Put& put, const Take& take) {
 }
 
 constexpr int kWarp = 32;
-constexpr int kMergeWarps = 4;  // channels per block of the second kernel
 
 }  // namespace efficient_densenet::cuda

@@ -12,8 +12,9 @@
 // block takes one stretch of rows, tile after tile.
 // Moments: of a tile's rows in registers, merged over the lanes, tiles and warps by the formula of
 // Chan, Golub and LeVeque (moments.cuh), so no sum of squares cancels; then one partial result per
-// column and block, merged in double by a second kernel. The order depends on shapes, strides and
-// alignment alone (and, on devices with little shared memory, on how much that is).
+// column and block, merged in double by the last block (last_block.cuh). The order depends on
+// shapes, strides and alignment alone (and, on devices with little shared memory, on how much that
+// is).
 //
 // Bytes: x once, z once; W (from the L2 cache) once per block and tile. Operations: 2 M C N.
 // Limit: memory where M is large; else the latency of a chunk, C / kChannelChunk times in a row.
@@ -29,8 +30,10 @@ namespace efficient_densenet::cuda {
 namespace {
 
 constexpr int kMaxWarps = 8;
-constexpr int64_t kBlocks = 264;  // along the rows, at most; two per multiprocessor of a large GPU
-constexpr int kStages = 4;        // of copies under way
+// Along the rows, at most: about two per multiprocessor of a large GPU; 16 teams of 16
+// (last_block.cuh).
+constexpr int64_t kBlocks = 256;
+constexpr int kStages = 4;  // of copies under way
 
 struct Sizes {
   int64_t rows, rows_per_block;
@@ -40,8 +43,8 @@ struct Sizes {
 template <int kTiles>
 constexpr int kWeightStage = kTiles * kTileColumns * kPieces;  // pieces of a chunk of W
 
-__host__ __device__ inline int norm_floats(int chunks, int chunk) {
-  return SharedNorm::kNumbers * chunks * chunk;
+__host__ __device__ inline int norm_floats(int channel_chunks, int channel_chunk) {
+  return SharedNorm::kNumbers * channel_chunks * channel_chunk;
 }
 
 // A block of so many warps leaves its accumulators enough registers twice, or once.
@@ -55,29 +58,29 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     bn_relu_conv1x1_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> x, BatchNorm bn,
                            const uint4* weight, FoldedNorm norm2, const __grid_constant__ Rows<T> z,
-                           double* partial_mean, double* partial_m2) {
+                           const __grid_constant__ Partials partials, MomentsOfBlocks result) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kOutputs = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
   extern __shared__ uint4 shared[];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / kPieces, t = lane % kPieces;
-  const int chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
-  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChannelChunk<T>);
-  uint4* const stages = shared + norm_floats(chunks, kChannelChunk<T>) / 4;
+  const int channel_chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
+  const SharedNorm norm(reinterpret_cast<float*>(shared), channel_chunks * kChannelChunk<T>);
+  uint4* const stages = shared + norm_floats(channel_chunks, kChannelChunk<T>) / 4;
   const int stage_pieces = kWeightStage<kTiles> + warps * kOwnRows * kWarp;
   const int own_x = kWeightStage<kTiles> + warp * kOwnRows * kWarp + lane;
   const int first_output = blockIdx.y * kOutputs;
-  weight += static_cast<int64_t>(blockIdx.y) * chunks * kWeightStage<kTiles>;
+  weight += static_cast<int64_t>(blockIdx.y) * channel_chunks * kWeightStage<kTiles>;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
   const int64_t end = min(begin + sizes.rows_per_block, sizes.rows);
   const int tile_rows = warps * kRowTiles * kTileRows;
-  const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * chunks;
+  const int total = static_cast<int>((end - begin + tile_rows - 1) / tile_rows) * channel_chunks;
 
   const bool pieces_are_whole = x.aligned && sizes.channels % kPiece<T> == 0;
   // The next chunk to copy: its number, place in C, stage and the lane's first row; its rows are 8
   // apart.
-  int copied = 0, copied_chunk = 0, copied_stage = 0;
+  int copied = 0, copied_channel_chunk = 0, copied_stage = 0;
   int64_t copied_row = begin + warp * kRowTiles * kTileRows + g;
   const T* from_x = x.at(copied_row, t * kPiece<T>);
   const uint4* from_weight = weight;
@@ -87,8 +90,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
       for (int i = threadIdx.x; i < kWeightStage<kTiles>; i += blockDim.x) {
         copy_async(stage + i, from_weight + i);
       }
-      const int count =
-          count_before<kPiece<T>>(sizes.channels, copied_chunk * kChannelChunk<T> + t * kPiece<T>);
+      const int count = count_before<kPiece<T>>(
+          sizes.channels, copied_channel_chunk * kChannelChunk<T> + t * kPiece<T>);
       const auto left = static_cast<int>(min(end - copied_row, int64_t(kOwnRows * 8)));
       if (pieces_are_whole) {
 #pragma unroll
@@ -106,8 +109,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
       if (++copied_stage == kStages) copied_stage = 0;
       from_x += kChannelChunk<T>;
       from_weight += kWeightStage<kTiles>;
-      if (++copied_chunk == chunks) {
-        copied_chunk = 0;
+      if (++copied_channel_chunk == channel_chunks) {
+        copied_channel_chunk = 0;
         copied_row += tile_rows;
         from_x = x.at(copied_row, t * kPiece<T>);
         from_weight = weight;
@@ -118,11 +121,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_next();
-  norm.load(bn, 0, chunks * kChannelChunk<T>, sizes.channels);
+  norm.load(bn, 0, channel_chunks * kChannelChunk<T>, sizes.channels);
 
   float sums[kRowTiles][kTiles][4] = {};
   WarpMoments<kTiles> moments;
-  int chunk = 0;
+  int channel_chunk = 0;
   int64_t row = begin + warp * kRowTiles * kTileRows + g;
   for (int i = 0; i < total; ++i) {
     wait_for_copies<kStages - 2>();
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     copy_next();
     const uint4* const stage = stages + i % kStages * stage_pieces;
     NormCoefficients<float> channels[kPiece<T>];
-    norm.get(channels, chunk * kChannelChunk<T> + t * kPiece<T>);
+    norm.get(channels, channel_chunk * kChannelChunk<T> + t * kPiece<T>);
     uint4 a[kOwnRows];
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
@@ -147,19 +150,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
         }
       }
     }
-    if (++chunk < chunks) continue;
+    if (++channel_chunk < channel_chunks) continue;
 
     store_tile<T>(sums, z, row, end, first_output, sizes.outputs, norm2,
-                  partial_mean ? &moments : nullptr);
-    chunk = 0;
+                  result.mean ? &moments : nullptr);
+    channel_chunk = 0;
     row += tile_rows;
   }
-  if (partial_mean == nullptr) return;
+  if (result.mean == nullptr) return;
 
   wait_for_copies<0>();
   __syncthreads();
-  moments.write(reinterpret_cast<float*>(stages), first_output, sizes.outputs, partial_mean,
-                partial_m2);
+  moments.write(reinterpret_cast<float*>(stages), first_output, sizes.outputs, partials);
+  add_in_last_block(partials, blockIdx.y, blockIdx.x, first_output,
+                    min(first_output + kOutputs, sizes.outputs), result);
 #endif
 }
 
@@ -173,22 +177,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
 //   fewer            16               4                  2 or 4, of at least 32 columns
 //
 // Where a device has too little shared memory for that: 16 rows, and 4, 2 or 1 warps.
-struct Groups {
-  int groups, tiles;  // tiles of 8 columns in a group
-
-  Groups(int64_t rows, int64_t outputs) : groups(1) {
-    while (rows * groups < 16384 && groups < 4 && outputs > 32 * groups) groups *= 2;
-    tiles = tiles_for(ceil_div(outputs, groups));
-  }
-};
-
 struct Warps {
   int row_tiles, warps;
 
   int64_t shared_bytes(int tiles, int64_t channels, Element element) const {
-    const int chunk = kPieces * kPieceBytes / element_size(element);
+    const int channel_chunk = kPieces * kPieceBytes / element_size(element);
     const int64_t stage = tiles * kTileColumns * kPieces + warps * 2 * row_tiles * kWarp;
-    const int64_t numbers = norm_floats(static_cast<int>(ceil_div(channels, chunk)), chunk);
+    const int64_t numbers =
+        norm_floats(static_cast<int>(ceil_div(channels, channel_chunk)), channel_chunk);
     return numbers * static_cast<int64_t>(sizeof(float)) + kStages * stage * kPieceBytes;
   }
 };
@@ -213,63 +209,6 @@ RowChunking choose_rows(int64_t rows, const Warps& warps) {
   const int64_t tile = warps.warps * warps.row_tiles * kTileRows;
   const int64_t rows_per_block = ceil_div(ceil_div(rows, tile), kBlocks) * tile;
   return {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
-}
-
-// ---------------------------------------------------------------------------------------------
-// Packed weights: [chunk of k][column][channels of the chunk], once per group of columns. kForward:
-// columns are the N outputs in the Groups, k the channels of x. kGradInput: columns are the
-// channels of x in groups of 32, k the outputs.
-
-constexpr int kGradInputColumns = 32;
-
-struct PackedShape {
-  bool forward;
-  int columns, chunk;  // columns of a group; channels of a chunk
-  int64_t groups_forward, chunks_grad;
-
-  PackedShape(WeightLayout layout, int chunk, int64_t rows, int64_t outputs)
-      : forward(layout == WeightLayout::kForward), chunk(chunk) {
-    const Groups groups(rows, outputs);
-    columns = forward ? groups.tiles * kTileColumns : kGradInputColumns;
-    groups_forward = groups.groups;
-    chunks_grad = ceil_div(tiles_for(outputs) * kTileColumns, chunk);
-  }
-
-  __host__ __device__ int64_t chunks(int64_t channels) const {
-    return forward ? (channels + chunk - 1) / chunk : chunks_grad;
-  }
-  __host__ __device__ int64_t elements(int64_t channels) const {
-    const int64_t groups = forward ? groups_forward : (channels + columns - 1) / columns;
-    return groups * chunks(channels) * columns * chunk;
-  }
-};
-
-__host__ __device__ inline int64_t channels_of(const Conv1x1Weights& weights, int64_t layer) {
-  return weights.channels_in + layer * weights.growth;
-}
-
-template <typename T>
-__global__ void pack_conv1x1_kernel(const __grid_constant__ Conv1x1Weights weights,
-                                    const __grid_constant__ PackedShape shape, T* packed) {
-  const T* from = static_cast<const T*>(weights.data);
-  for (int64_t l = 0; l < blockIdx.y; ++l) {
-    from += weights.outputs * channels_of(weights, l);
-    packed += shape.elements(channels_of(weights, l));
-  }
-  const int64_t channels = channels_of(weights, blockIdx.y), chunks = shape.chunks(channels);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < shape.elements(channels); i += step) {
-    const int64_t place = i / shape.chunk, part = place / shape.columns;
-    const int p = static_cast<int>(place % shape.columns), pair = p / (2 * kTileColumns);
-    const int64_t k = part % chunks * shape.chunk + i % shape.chunk;
-    const int64_t column = part / chunks * shape.columns + pair * 2 * kTileColumns +
-                           pair_column(p % (2 * kTileColumns));
-    const int64_t n = shape.forward ? column : k, c = shape.forward ? k : column;
-    const bool inside = n < weights.outputs && c < channels;
-    const float value = inside ? widen(from[n * channels + c]) : 0;
-    packed[i] = to_operand(narrow<T>(value));
-  }
 }
 
 // Norms of a launch: their eps are kernel parameters.
@@ -355,25 +294,6 @@ std::string why_no_tensor_cores(int device_index, Element element, int64_t outpu
   return "";
 }
 
-int64_t packed_conv1x1_bytes(Element element, WeightLayout layout, int64_t rows, int64_t outputs,
-                             int64_t channels) {
-  const int size = element_size(element), chunk = kPieces * kPieceBytes / size;
-  return PackedShape(layout, chunk, rows, outputs).elements(channels) * size;
-}
-
-void pack_conv1x1(Element element, WeightLayout layout, int64_t rows, const Conv1x1Weights& weights,
-                  void* packed, void* stream) {
-  dispatch_operand(element, [&](auto tag) {
-    using T = decltype(tag);
-    const PackedShape shape(layout, kChannelChunk<T>, rows, weights.outputs);
-    const int64_t most = shape.elements(channels_of(weights, weights.layers - 1));
-    const dim3 grid(std::min<int64_t>(ceil_div(most, kThreads), 64), weights.layers);
-    pack_conv1x1_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        weights, shape, static_cast<T*>(packed));
-    check(cudaGetLastError(), "pack_conv1x1_kernel");
-  });
-}
-
 void fold_norms(const Norms& norms, float* scale, float* bias, void* stream) {
   const auto layers = static_cast<int64_t>(norms.eps.size());
   for (int64_t first = 0; first < layers; first += kFoldedNorms) {
@@ -391,16 +311,15 @@ void fold_norms(const Norms& norms, float* scale, float* bias, void* stream) {
 void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* weight,
                      int64_t outputs, const FoldedNorm& norm2, const View& z,
                      const Statistics* moments) {
-  const Groups groups(args.rows.count, outputs);
+  const OutputGroups groups(args.rows.count, outputs);
   const Warps warps = choose_warps(args.rows.count, groups.tiles, args.channels, args.element);
   const RowChunking chunking = choose_rows(args.rows.count, warps);
   const Sizes sizes{args.rows.count, chunking.rows_per_chunk, static_cast<int>(args.channels),
                     static_cast<int>(outputs)};
-  double *partial_mean = nullptr, *partial_m2 = nullptr;
-  if (moments != nullptr) {
-    partial_mean = args.workspace(2 * outputs * chunking.chunks);
-    partial_m2 = partial_mean + outputs * chunking.chunks;
-  }
+  const Partials partials = moments == nullptr
+                                ? Partials{}
+                                : make_partials(args, outputs, chunking.chunks, groups.groups);
+  const MomentsOfBlocks result = moments_of_blocks(args.rows.count, chunking, moments);
   const auto launch = [&](auto element, auto row_tiles, auto tiles) {
     using T = decltype(element);
     constexpr int kRowTiles = decltype(row_tiles)::value, kTiles = decltype(tiles)::value;
@@ -408,9 +327,9 @@ void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* we
     allow_shared<kKernel>();
     const int64_t bytes = warps.shared_bytes(kTiles, args.channels, args.element);
     kKernel<<<dim3(chunking.chunks, groups.groups), warps.warps * kWarp, bytes,
-              static_cast<cudaStream_t>(args.stream)>>>(
-        sizes, Rows<const T>(args.features[0].x), bn, static_cast<const uint4*>(weight), norm2,
-        Rows<T>(z, 4), partial_mean, partial_m2);
+              static_cast<cudaStream_t>(args.stream)>>>(sizes, Rows<const T>(args.features[0].x),
+                                                        bn, static_cast<const uint4*>(weight),
+                                                        norm2, Rows<T>(z, 4), partials, result);
     check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
   };
   dispatch_operand(args.element, [&](auto element) {
@@ -421,9 +340,6 @@ void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* we
       launch(element, std::integral_constant<int, 1>{}, tiles);
     });
   });
-  if (moments == nullptr) return;
-  merge_moments(outputs, args.rows.count, chunking, partial_mean, partial_m2, *moments,
-                args.stream);
 }
 
 }  // namespace efficient_densenet::cuda

@@ -1,5 +1,6 @@
 // What a 1x1 convolution and the norm before it send back to the features, on tensor cores:
 //
+//   grad_z = scale2 dz2 - correction             of norm2, from dz2 and z (sums.cuh); written
 //   grad_a = grad_z W                            [M, N] times [N, C], in registers only
 //   dz = grad_a where the ReLU was open          recomputed from x
 //   G += scale dz;  sums over the rows of dz and of dz (x - rounded mean)
@@ -9,20 +10,21 @@
 //   warp 1            of rows                         accumulators, mask, sums, G
 //   ...            W of the 32 columns: shared memory, one copy for all warps of the block
 //
-// A warp owns 16 rows, so grad_z, x and G are read once and G is written once. Blocks split the
-// rows and, where these are few, the columns. Weights, x and G come by asynchronous copies, kStages
+// A warp owns 16 rows, so dz2, z, x and G are read once, and grad_z and G are written once. Blocks
+// split the rows and, where these are few, the columns. Weights, x and G come by asynchronous
+// copies, kStages
 // - 1 groups of columns ahead, also across tiles of rows. Sums: two rows per lane, then over the
 // lanes of a column, the warps (in order, one group of columns later, when a barrier is due anyway)
-// and the block's tiles of rows in float; one partial result per channel and block, merged in
-// double by a second kernel. No atomics.
+// and the block's tiles of rows in float; one partial result per channel and block, added up in
+// double by the kernel behind (left_over.cuh).
 //
-// Bytes: x and grad_z once, G read and written (4 bytes each). W, from the L2 cache, once per tile
-// of rows. Operations: 2 M C N. Limit: memory. G alone is 8 bytes per element of x. What keeps the
-// kernel from it is the number of instructions, so what is the same in all groups of columns is
-// computed once, and a lane's four columns are either all there or not (`pieces_are_whole`), but
-// for strides and numbers of channels that no network has.
-#include "cuda/elementwise/sums.cuh"
+// Bytes: x, dz2 and z once, grad_z written, G read and written (4 bytes each). W, from the L2
+// cache, once per tile of rows. Operations: 2 M C N. Limit: memory. G alone is 8 bytes per element
+// of x. What keeps the kernel from it is the number of instructions, so what is the same in all
+// groups of columns is computed once, and a lane's four columns are either all there or not
+// (`pieces_are_whole`), but for strides and numbers of channels that no network has.
 #include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/left_over.cuh"
 #include "cuda/tensor_core/limits.cuh"
 #include "operators/bn_relu_conv1x1.h"
 
@@ -30,7 +32,10 @@ namespace efficient_densenet::cuda {
 namespace {
 
 constexpr int kMaxWarps = 8;
-constexpr int64_t kBlocks = 528;  // at most, about
+// Of the rows, of kMaxWarps: about as many as run at once; their sums then are of whole rounds
+// (left_over.cuh).
+constexpr int64_t kRowBlocks = 256;
+constexpr int64_t kBlocks = 528;  // about, where blocks share the columns
 constexpr int kColumns = 32;      // of a group
 constexpr int kGroupTiles = kColumns / kTileColumns, kPairs = kGroupTiles / 2;
 constexpr int kPairColumns = 2 * kTileColumns;
@@ -52,6 +57,126 @@ constexpr int kWarpBytes = 2 * kPairs * kWarp * (4 * sizeof(float) + kOwnBytesX<
 template <typename T, int kTiles>
 constexpr int kStages = sizeof(T) == 2 && kTiles <= 16 ? 3 : 2;
 
+// NormGradient for elements T.
+template <typename T>
+struct GradZ {
+  Rows<const T> grad_a, z;
+  Rows<T> grad_z;
+  const float* coefficients;
+  bool corrects;
+
+  explicit GradZ(const NormGradient& grad)
+      : grad_a(grad.grad_a),
+        z(grad.z),
+        grad_z(grad.grad_z),
+        coefficients(grad.coefficients),
+        corrects(grad.batch_statistics) {}
+};
+
+// Channels whose coefficients a block keeps; those that do not exist have zeros.
+template <typename T, int kTiles>
+constexpr int kKeptOutputs = kChunks<T, kTiles> * kChannelChunk<T>;
+// Pieces under way, of grad_a and of z each: as many as there are registers for.
+template <int kTiles>
+constexpr int kRawAtOnce = kTiles <= 16 ? 2 : 1;
+constexpr int kCoefficients = NormGradCoefficients<float>::kNumbers;
+
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+
+// What grad_z is made of in one piece of columns: rows `row` and row + 8.
+template <typename T>
+struct RawGradZ {
+  Piece<T> grad_a[2], z[2];
+};
+
+// Of pieces n, n + kChannelChunk, ...: all loads are under way before one is waited for.
+template <typename T, int kCount>
+__device__ void load_raw(RawGradZ<T> (&raw)[kCount], const GradZ<T>& grad, int64_t row, int64_t end,
+                         int n, int outputs) {
+  const auto load_each = [&](const auto& load) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = n + i * kChannelChunk<T>;
+        const int count = row + half * 8 < end ? count_before<kPiece<T>>(outputs, column) : 0;
+        raw[i].grad_a[half] = load(grad.grad_a.at(row + half * 8, column), count);
+        raw[i].z[half] = load(grad.z.at(row + half * 8, column), count);
+      }
+    }
+  };
+  if (grad.grad_a.aligned && grad.z.aligned && outputs % kPiece<T> == 0) {
+    load_each([](const T* from, int count) {
+      return count > 0 ? *reinterpret_cast<const Piece<T>*>(from) : Piece<T>{};
+    });
+  } else {
+    load_each([](const T* from, int count) {
+      Piece<T> piece{};
+#pragma unroll
+      for (int k = 0; k < kPiece<T>; ++k) {
+        if (k < count) piece.values[k] = from[k];
+      }
+      return piece;
+    });
+  }
+}
+
+// Brings what grad_z of 16 rows is made of into the L2 cache: all pieces of a lane.
+template <typename T, int kTiles>
+__device__ void prefetch_raw(const GradZ<T>& grad, int64_t row, int64_t end, int outputs) {
+#pragma unroll
+  for (int i = 0; i < kChunks<T, kTiles>; ++i) {
+    const int n = i * kChannelChunk<T> + threadIdx.x % kPieces * kPiece<T>;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row + half * 8 >= end || n >= outputs) continue;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(grad.grad_a.at(row + half * 8, n)));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(grad.z.at(row + half * 8, n)));
+    }
+  }
+}
+
+// Of outputs from n on, as operands.
+template <typename T, int kKept>
+__device__ void make_grad_z(RawGradZ<T>& raw, const GradZ<T>& grad, const float* coefficients,
+                            int64_t row, int64_t end, int n, int outputs, bool writes,
+                            uint4 (&operands)[2]) {
+#pragma unroll
+  for (int first = 0; first < kPiece<T>; first += 4) {
+    Pack<float, 4> numbers[kCoefficients];
+#pragma unroll
+    for (int i = 0; i < kCoefficients; ++i) {
+      numbers[i] = *reinterpret_cast<const Pack<float, 4>*>(coefficients + i * kKept + n + first);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      NormGradCoefficients<float> channel;
+      channel.mean = numbers[0].values[k];
+      channel.scale = numbers[1].values[k];
+      channel.bias = numbers[2].values[k];
+      channel.offset = numbers[3].values[k];
+      channel.slope = numbers[4].values[k];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        T& value = raw.grad_a[half].values[first + k];
+        const float z = widen(raw.z[half].values[first + k]);
+        const float dz = masked<T>(channel, z, widen(value));
+        value = narrow<T>(row + half * 8 < end ? channel.grad_x(z, dz, grad.corrects) : 0.0f);
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (writes && row + half * 8 < end) {
+      store_row(grad.grad_z.at(row + half * 8, n), raw.grad_a[half], grad.grad_z.aligned,
+                count_before<kPiece<T>>(outputs, n));
+    }
+    operands[half] = bits<T>(to_operands<T>(raw.grad_a[half]));
+  }
+}
+
+#endif
+
 struct Sizes {
   int64_t rows, rows_per_block;
   int channels, outputs, groups_per_block;
@@ -67,8 +192,7 @@ template <typename T, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2 : 1)
     bn_relu_conv1x1_grad_input_kernel(const __grid_constant__ Sizes sizes,
                                       const __grid_constant__ Rows<const T> x, BatchNorm bn,
-                                      const uint4* weight,
-                                      const __grid_constant__ Rows<const T> grad_z,
+                                      const uint4* weight, const __grid_constant__ GradZ<T> grad,
                                       const __grid_constant__ Rows<float> grad_features,
                                       double* partial_dz, double* partial_dz_centred) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
@@ -83,8 +207,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   const SharedNorm norm(reinterpret_cast<float*>(shared), columns);
   float* const block_sums = reinterpret_cast<float*>(shared) + SharedNorm::kNumbers * columns;
   float* const warp_sums = block_sums + 2 * columns;
+  constexpr int kKept = kKeptOutputs<T, kTiles>;
+  float* const coefficients = warp_sums + 2 * warps * kColumns * 2;
   // A stage: weights, each lane's G, each lane's x.
-  char* const stages = reinterpret_cast<char*>(warp_sums + 2 * warps * kColumns * 2);
+  char* const stages = reinterpret_cast<char*>(coefficients + kCoefficients * kKept);
   const int stage_bytes = kWeightStage_ * kPieceBytes + warps * kWarpBytes<T>;
   const int own = warp * 2 * kPairs * kWarp + lane;
   char* const own_g = stages + (kWeightStage_ + own) * kPieceBytes;
@@ -162,10 +288,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
     ++copied;
     commit_copies();
   };
+  prefetch_raw<T, kTiles>(grad, begin + warp * kTileRows + g, end, sizes.outputs);
 #pragma unroll
   for (int i = 0; i < kStages<T, kTiles> - 1; ++i) copy_next();
   norm.load(bn, first_channel, columns, sizes.channels);
   for (int i = threadIdx.x; i < 2 * columns; i += blockDim.x) block_sums[i] = 0;
+  for (int i = threadIdx.x; i < kCoefficients * kKept; i += blockDim.x) {
+    const int n = i % kKept;
+    coefficients[i] = n < sizes.outputs ? grad.coefficients[i / kKept * sizes.outputs + n] : 0.0f;
+  }
+  __syncthreads();
 
   // Adds the warps' sums of a group of columns to the block's.
   const auto add_warps = [&](int i, int group) {
@@ -186,26 +318,22 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   int64_t row = begin + warp * kTileRows + g;
   for (int i = 0; i < total; ++i) {
     if (group == 0) {
-      const auto operand = [&](int64_t row, int chunk) {
-        const int n = chunk * kChannelChunk<T> + t * kPiece<T>;
-        Piece<T> piece{};
-        if (row < end) {
-          if (grad_z.aligned && n + kPiece<T> <= sizes.outputs) {
-            piece = *reinterpret_cast<const Piece<T>*>(grad_z.at(row, n));
-          } else {
 #pragma unroll
-            for (int k = 0; k < kPiece<T>; ++k) {
-              if (n + k < sizes.outputs) piece.values[k] = *grad_z.at(row, n + k);
-            }
-          }
+      for (int first = 0; first < kChunks_; first += kRawAtOnce<kTiles>) {
+        constexpr int kCount = std::min(kRawAtOnce<kTiles>, kChunks_);
+        const int n = first * kChannelChunk<T> + t * kPiece<T>;
+        RawGradZ<T> raw[kCount];
+        load_raw(raw, grad, row, end, n, sizes.outputs);
+#pragma unroll
+        for (int i = 0; i < kCount && first + i < kChunks_; ++i) {
+          uint4 operands[2];
+          make_grad_z<T, kKept>(raw[i], grad, coefficients, row, end, n + i * kChannelChunk<T>,
+                                sizes.outputs, blockIdx.y == 0, operands);
+          low[first + i] = operands[0];
+          high[first + i] = operands[1];
         }
-        return bits<T>(to_operands<T>(piece));
-      };
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks_; ++chunk) {
-        low[chunk] = operand(row, chunk);
-        high[chunk] = operand(row + 8, chunk);
       }
+      prefetch_raw<T, kTiles>(grad, row + tile_rows, end, sizes.outputs);
     }
     wait_for_copies<kStages<T, kTiles> - 2>();
     __syncthreads();  // this stage is there, the one before is free, the sums of before are there
@@ -215,15 +343,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
     const auto* const weights = reinterpret_cast<const uint4*>(stages + stage) + lane;
     float grad_a[kGroupTiles][4] = {};
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks_; ++chunk) {
+    for (int channel_chunk = 0; channel_chunk < kChunks_; ++channel_chunk) {
       uint4 b[kGroupTiles];
 #pragma unroll
-      for (int j = 0; j < kGroupTiles; ++j) b[j] = weights[(chunk * kGroupTiles + j) * kWarp];
+      for (int j = 0; j < kGroupTiles; ++j)
+        b[j] = weights[(channel_chunk * kGroupTiles + j) * kWarp];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll
         for (int j = 0; j < kGroupTiles; ++j) {
-          mma_chunk_step<T>(grad_a[j], low[chunk], high[chunk], b[j], step);
+          mma_chunk_step<T>(grad_a[j], low[channel_chunk], high[channel_chunk], b[j], step);
         }
       }
     }
@@ -294,7 +423,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   for (int i = threadIdx.x; i < groups * kColumns; i += blockDim.x) {
     const int64_t c = first_channel + i;
     if (c >= sizes.channels) continue;
-    const int64_t to = c * gridDim.x + blockIdx.x;
+    const int64_t to = int64_t(blockIdx.x) * sizes.channels + c;
     partial_dz[to] = block_sums[i];
     partial_dz_centred[to] = block_sums[columns + i];
   }
@@ -302,9 +431,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
 }
 
 // How a call is cut, from measurements on an H100: eight warps a block where the rows fill the
-// chip; else four, and blocks share the columns, in more parts where their rounds on a large GPU
-// then take a tenth less (a block costs kAllowance groups of columns besides). Fewer warps where
-// shared memory is too little, and kMostGroups groups of columns at most.
+// chip, in as many blocks as run at once; else four, and blocks share the columns, in more parts
+// where their rounds on a large GPU then take a tenth less (a block costs kAllowance groups of
+// columns besides). Fewer warps where shared memory is too little, and kMostGroups groups of
+// columns at most.
 constexpr int64_t kMostGroups = 32, kAllowance = 2;
 constexpr int64_t kMultiprocessors = 132, kMultiprocessorBytes = 227 << 10;
 constexpr int64_t kWarpsTogether = 16;  // that the registers of a multiprocessor are enough for
@@ -314,19 +444,20 @@ struct Cut {
   int64_t shared_bytes;
   RowChunking chunking;
 
-  // pieces: of the weights of a group of columns.
-  Cut(int64_t rows, int64_t channels, int pieces, int warp_bytes, int stages) {
+  // pieces: of the weights of a group of columns. coefficients: floats.
+  Cut(int64_t rows, int64_t channels, int pieces, int warp_bytes, int stages, int coefficients) {
     const int64_t groups = ceil_div(channels, kColumns), limit = shared_memory();
     warps = rows >= kBlocks / 2 * kMaxWarps * kTileRows ? kMaxWarps : kMaxWarps / 2;
     for (;; warps /= 2) {
       const int64_t tile = warps * kTileRows, tiles = ceil_div(rows, tile);
-      const int64_t rows_per_block = ceil_div(tiles, kBlocks) * tile;
+      const int64_t rows_per_block = ceil_div(tiles, kRowBlocks * kMaxWarps / warps) * tile;
       chunking = {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
       const auto share = [&](int64_t own_groups) {
         groups_per_block = static_cast<int>(own_groups);
         splits = static_cast<int>(ceil_div(groups, own_groups));
         const int columns = groups_per_block * kColumns;
-        const int64_t floats = SharedNorm::kNumbers * columns + sum_floats(columns, warps);
+        const int64_t floats =
+            SharedNorm::kNumbers * columns + sum_floats(columns, warps) + coefficients;
         shared_bytes = floats * static_cast<int64_t>(sizeof(float)) +
                        stages * (int64_t(pieces) * kPieceBytes + warps * warp_bytes);
         const int64_t together =
@@ -349,31 +480,45 @@ struct Cut {
   }
 };
 
+template <typename T, int kTiles>
+Cut cut_for(int64_t rows, int64_t channels) {
+  return Cut(rows, channels, kWeightStage<T, kTiles>, kWarpBytes<T>, kStages<T, kTiles>,
+             kCoefficients * kKeptOutputs<T, kTiles>);
+}
+
 }  // namespace
 
+bool conv1x1_grad_input_shares_rows(Element element, int64_t rows, int64_t outputs,
+                                    int64_t channels) {
+  bool shares = false;
+  dispatch_operand(element, [&](auto tag) {
+    dispatch_tiles(tiles_for(outputs), [&](auto tiles) {
+      shares = cut_for<decltype(tag), decltype(tiles)::value>(rows, channels).splits > 1;
+    });
+  });
+  return shares;
+}
+
 void bn_relu_conv1x1_grad_input(const KernelArgs& args, const BatchNorm& bn, const void* weight,
-                                int64_t outputs, const NormGradArgs& norm_grad) {
+                                int64_t outputs, const NormGradient& grad,
+                                const NormGradArgs& norm_grad, ReaderSumsLeft* left) {
   dispatch_operand(args.element, [&](auto element) {
     dispatch_tiles(tiles_for(outputs), [&](auto tiles) {
       using T = decltype(element);
       constexpr int kTiles = decltype(tiles)::value;
       constexpr auto kKernel = bn_relu_conv1x1_grad_input_kernel<T, kTiles>;
       allow_shared<kKernel>();
-      const Cut cut(args.rows.count, args.channels, kWeightStage<T, kTiles>, kWarpBytes<T>,
-                    kStages<T, kTiles>);
+      const Cut cut = cut_for<T, kTiles>(args.rows.count, args.channels);
       const Sizes sizes{args.rows.count, cut.chunking.rows_per_chunk,
                         static_cast<int>(args.channels), static_cast<int>(outputs),
                         cut.groups_per_block};
-      const int64_t partials = args.channels * cut.chunking.chunks;
-      double* const partial_dz = args.workspace(2 * partials);
-      double* const partial_dz_centred = partial_dz + partials;
+      *left = make_sums_left(args, bn, cut.chunking.chunks, norm_grad);
       kKernel<<<dim3(cut.chunking.chunks, cut.splits), cut.warps * kWarp, cut.shared_bytes,
                 static_cast<cudaStream_t>(args.stream)>>>(
           sizes, Rows<const T>(args.features[0].x, 4), bn, static_cast<const uint4*>(weight),
-          Rows<const T>(norm_grad.grad_y), Rows<float>(norm_grad.grad_features, 4), partial_dz,
-          partial_dz_centred);
+          GradZ<T>(grad), Rows<float>(norm_grad.grad_features, 4), const_cast<double*>(left->dz),
+          const_cast<double*>(left->dz_centred));
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
-      merge_norm_grad(args, bn, norm_grad, cut.chunking, partial_dz, partial_dz_centred);
     });
   });
 }

@@ -11,15 +11,16 @@
 // steps ahead; the thread that copied a piece of x normalises it one step before its use. The mma
 // sums over rows, so the operands are read across: by transposing loads (16 bits), or as single
 // words (TF32). At the end a block adds its warps' parts of the rows, in order, and writes one
-// partial result; a second kernel adds those of all blocks in double. No atomics.
+// partial result; a later kernel adds those of all, as this one does for kernels before
+// (left_over.cuh).
 //
 // Bytes: x once per part of N (one up to N = 128); grad_z once per 64 columns, from the L2 cache
 // after the first. Partial results: kBlocks tiles of 32 KB at most, written and read. Operations:
 // 2 M C N.
 // Limit: shared memory, read N/16 + 2 times per 16 rows and 32 columns, and memory.
 #include "cuda/tensor_core/copies.cuh"
+#include "cuda/tensor_core/left_over.cuh"
 #include "cuda/tensor_core/limits.cuh"
-#include "cuda/tensor_core/parts.cuh"
 #include "operators/bn_relu_conv1x1.h"
 
 namespace efficient_densenet::cuda {
@@ -105,8 +106,9 @@ template <typename T, int kOutputs>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
     bn_relu_conv1x1_grad_weight_kernel(const __grid_constant__ Sizes sizes,
                                        const __grid_constant__ Rows<const T> x, BatchNorm bn,
-                                       const __grid_constant__ Rows<const T> grad_z,
-                                       float* partial) {
+                                       const __grid_constant__ Rows<const T> grad_z, float* parts,
+                                       const __grid_constant__ WeightParts parts_left,
+                                       const __grid_constant__ ReaderSumsLeft sums_left) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   using S = Shape<T, kOutputs>;
   constexpr int kThreads_ = kWarps * kWarp;
@@ -194,6 +196,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
 
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy(i);
+  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const int blocks = gridDim.x * gridDim.y * gridDim.z;
+  add_left<T>(sums_left, block, blocks);
+  add_left<T>(parts_left, block, blocks);
   wait_for_copies<kStages - 2>();
   normalise(0);
   float sums[S::kOutputTiles][kWarpTiles][4] = {};
@@ -230,7 +236,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   // The warps' parts of the rows, in order.
   wait_for_copies<0>();
   __syncthreads();
-  float* const parts = reinterpret_cast<float*>(shared);
+  float* const of_warps = reinterpret_cast<float*>(shared);
 #pragma unroll
   for (int m = 0; m < S::kOutputTiles; ++m) {
 #pragma unroll
@@ -239,26 +245,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
       for (int i = 0; i < 4; ++i) {
         const int n = output + m * kTileRows + lane / 4 + i / 2 * 8;
         const int c = column + j * kTileColumns + lane % 4 * 2 + i % 2;
-        parts[(row_part * kOutputs + n) * S::kPitchSum + c] = sums[m][j][i];
+        of_warps[(row_part * kOutputs + n) * S::kPitchSum + c] = sums[m][j][i];
       }
     }
   }
   __syncthreads();
-  const bool aligned = sizes.channels % 4 == 0;
   for (int i = threadIdx.x; i < kOutputs * kColumns / 4; i += kThreads_) {
     const int n = i / (kColumns / 4), c = i % (kColumns / 4) * 4;
-    const int count = count_before<4>(sizes.channels, first_channel + c);
-    if (first_output + n >= sizes.outputs || count == 0) continue;
+    if (first_output + n >= sizes.outputs) break;
     Pack<float, 4> sum{};
 #pragma unroll
     for (int part = 0; part < S::kRowParts; ++part) {
       const auto more = *reinterpret_cast<const Pack<float, 4>*>(
-          parts + (part * kOutputs + n) * S::kPitchSum + c);
+          of_warps + (part * kOutputs + n) * S::kPitchSum + c);
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum.values[k] += more.values[k];
     }
-    const int64_t row = static_cast<int64_t>(blockIdx.z) * sizes.outputs + first_output + n;
-    store_row(partial + row * sizes.channels + first_channel + c, sum, aligned, count);
+    const int64_t row = int64_t(blockIdx.z) * sizes.outputs + first_output + n;
+    store_row(parts + row * sizes.channels + first_channel + c, sum, sizes.channels % 4 == 0,
+              count_before<4>(sizes.channels, first_channel + c));
   }
 #endif
 }
@@ -280,9 +285,10 @@ void dispatch_outputs(int64_t outputs, const Body& body) {
 }  // namespace
 
 void bn_relu_conv1x1_grad_weight(const KernelArgs& args, const BatchNorm& bn, int64_t outputs,
-                                 const View& grad_z, float* grad_weight) {
+                                 const View& grad_z, const WeightGradient& grad_weight,
+                                 WeightParts* parts_left, const ReaderSumsLeft& sums_left) {
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  const int64_t rows = args.rows.count, elements = outputs * args.channels;
+  const int64_t rows = args.rows.count;
   dispatch_operand(args.element, [&](auto element) {
     using T = decltype(element);
     dispatch_outputs<T>(outputs, [&](auto outputs_tag) {
@@ -296,13 +302,14 @@ void bn_relu_conv1x1_grad_weight(const KernelArgs& args, const BatchNorm& bn, in
       const int parts = static_cast<int>(ceil_div(steps, steps_per_block));
       const Sizes sizes{rows, steps_per_block * S::kRows, static_cast<int>(args.channels),
                         static_cast<int>(outputs)};
-      auto* const partial = reinterpret_cast<float*>(args.workspace((parts * elements + 1) / 2));
+      const WeightParts own = make_weight_parts(args, outputs, 1, parts, grad_weight);
       constexpr auto kKernel = bn_relu_conv1x1_grad_weight_kernel<T, S::kOutputs>;
       allow_shared<kKernel>();
       kKernel<<<dim3(column_blocks, output_blocks, parts), kWarps * kWarp, S::kBytes, stream>>>(
-          sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_z), partial);
+          sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_z),
+          const_cast<float*>(own.memory), *parts_left, sums_left);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_weight_kernel");
-      add_parts(elements, parts, partial, grad_weight, stream);
+      *parts_left = own;
     });
   });
 }

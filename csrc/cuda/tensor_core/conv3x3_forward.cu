@@ -42,8 +42,9 @@ __device__ inline void wait_for_all_but(int pending) {
 struct SharedLayout {
   int numbers, stage;
 
-  __host__ __device__ SharedLayout(int channels, int chunk, int stretch, int weights)
-      : numbers(SharedNorm::kNumbers * ((channels + chunk - 1) / chunk) * chunk / 4),
+  __host__ __device__ SharedLayout(int channels, int channel_chunk, int stretch, int weights)
+      : numbers(SharedNorm::kNumbers * ((channels + channel_chunk - 1) / channel_chunk) *
+                channel_chunk / 4),
         stage(stretch * kPieces + weights) {}
 
   int64_t bytes(int stages) const {
@@ -56,41 +57,41 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     bn_relu_conv3x3_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> z, BatchNorm bn,
                            const uint4* weight, const __grid_constant__ Rows<T> y,
-                           double* partial_mean, double* partial_m2) {
+                           const __grid_constant__ Partials partials, MomentsOfBlocks result) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kWeights = kConv3x3Stage<kTiles>;
   extern __shared__ __align__(128) uint4 shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int block_rows = blockDim.x / kWarp * kRowTiles * kTileRows;
-  const int chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
+  const int channel_chunks = (sizes.channels + kChannelChunk<T> - 1) / kChannelChunk<T>;
   const int stretch = sizes.images.stretch(block_rows);
   const SharedLayout layout(sizes.channels, kChannelChunk<T>, stretch, kWeights);
-  const SharedNorm norm(reinterpret_cast<float*>(shared), chunks * kChannelChunk<T>);
+  const SharedNorm norm(reinterpret_cast<float*>(shared), channel_chunks * kChannelChunk<T>);
   uint4 *const zeros = shared + layout.numbers, *const stages = zeros + kPieces;
 
   const int64_t begin = blockIdx.x * sizes.rows_per_block;
   const int64_t end = min(begin + sizes.rows_per_block, sizes.images.rows);
-  const int total = static_cast<int>((end - begin + block_rows - 1) / block_rows) * chunks;
+  const int total = static_cast<int>((end - begin + block_rows - 1) / block_rows) * channel_chunks;
   const int piece = threadIdx.x % kPieces;  // of every row that the thread copies
 
   const bool pieces_are_whole = z.aligned && sizes.channels % kPiece<T> == 0;
   // The next stage to copy: its number, chunk, place and first row.
-  int copied = 0, copied_chunk = 0, copied_stage = 0;
+  int copied = 0, copied_channel_chunk = 0, copied_stage = 0;
   int64_t copied_tile = begin;
   const auto copy_next = [&] {
     if (copied < total) {
       uint4* const stage = stages + copied_stage * layout.stage;
-      const uint4* const from = weight + static_cast<int64_t>(copied_chunk) * kWeights;
+      const uint4* const from = weight + static_cast<int64_t>(copied_channel_chunk) * kWeights;
       for (int k = threadIdx.x; k < kWeights; k += blockDim.x) {
         copy_async(stage + stretch * kPieces + k, from + k);
       }
-      const int channel = copied_chunk * kChannelChunk<T> + piece * kPiece<T>;
+      const int channel = copied_channel_chunk * kChannelChunk<T> + piece * kPiece<T>;
       copy_stretch<T>(stage, z, sizes.images, copied_tile, stretch, channel,
                       count_before<kPiece<T>>(sizes.channels, channel), pieces_are_whole,
                       blockDim.x);
       if (++copied_stage == sizes.stages) copied_stage = 0;
-      if (++copied_chunk == chunks) {
-        copied_chunk = 0;
+      if (++copied_channel_chunk == channel_chunks) {
+        copied_channel_chunk = 0;
         copied_tile += block_rows;
       }
     }
@@ -98,16 +99,16 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     commit_copies();
   };
   for (int i = 0; i + 1 < sizes.stages; ++i) copy_next();
-  if constexpr (!kIsNormalised) norm.load(bn, 0, chunks * kChannelChunk<T>, sizes.channels);
+  if constexpr (!kIsNormalised) norm.load(bn, 0, channel_chunks * kChannelChunk<T>, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
   float sums[kRowTiles][kTiles][4] = {};
   uint32_t inside[kRowTiles];
   WarpMoments<kTiles> moments;
-  int chunk = 0, stage_index = 0;
+  int channel_chunk = 0, stage_index = 0;
   int64_t tile_row = begin + warp * kRowTiles * kTileRows;
   for (int i = 0; i < total; ++i) {
-    if (chunk == 0) {
+    if (channel_chunk == 0) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     wait_for_all_but(sizes.stages - 2);
     if constexpr (!kIsNormalised) {  // each thread, what it has copied
       NormCoefficients<float> channels[kPiece<T>];
-      norm.get(channels, chunk * kChannelChunk<T> + piece * kPiece<T>);
+      norm.get(channels, channel_chunk * kChannelChunk<T> + piece * kPiece<T>);
       for (int s = threadIdx.x / kPieces; s < stretch; s += blockDim.x / kPieces) {
         uint4& at = stage[swizzled(s, piece)];
         at = normalised<T>(at, channels);
@@ -129,80 +130,26 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     copy_next();
     multiply_taps<T>(sums, stage, zeros, stage + stretch * kPieces, sizes.images,
                      warp * kRowTiles * kTileRows, inside, 2);
-    if (++chunk < chunks) continue;
+    if (++channel_chunk < channel_chunks) continue;
     store_tile<T>(sums, y, tile_row + lane / kPieces, end, 0, sizes.outputs, FoldedNorm{},
-                  partial_mean ? &moments : nullptr);
-    chunk = 0;
+                  result.mean ? &moments : nullptr);
+    channel_chunk = 0;
     tile_row += block_rows;
   }
-  if (partial_mean == nullptr) return;
+  if (result.mean == nullptr) return;
   wait_for_copies<0>();
   __syncthreads();
-  moments.write(reinterpret_cast<float*>(stages), 0, sizes.outputs, partial_mean, partial_m2);
+  moments.write(reinterpret_cast<float*>(stages), 0, sizes.outputs, partials);
+  add_in_last_block(partials, 0, blockIdx.x, 0, sizes.outputs, result);
 #endif
 }
 
 SharedLayout layout_for(Element element, const RowCut& cut, int64_t outputs, int64_t channels,
                         int64_t width) {
-  const int chunk = kPieces * kPieceBytes / element_size(element);
+  const int channel_chunk = kPieces * kPieceBytes / element_size(element);
   const int tiles = conv3x3_tiles(false, outputs);
-  return SharedLayout(static_cast<int>(channels), chunk,
+  return SharedLayout(static_cast<int>(channels), channel_chunk,
                       static_cast<int>(cut.rows() + 2 * width + 2), kTaps * tiles * kWarp);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Packed weights: [layer][group of columns][chunk of channels] of stages as in conv3x3.cuh.
-// Forward: columns are the k outputs, channels the B. Gradient of the input: the other way round,
-// and taps in reverse order.
-
-struct PackedShape {
-  bool grad_input;
-  int tiles, chunk;
-  int64_t groups, chunks;
-
-  PackedShape(Element element, bool grad_input, int64_t outputs, int64_t channels)
-      : grad_input(grad_input), chunk(kPieces * kPieceBytes / element_size(element)) {
-    const int64_t columns = grad_input ? channels : outputs;
-    tiles = conv3x3_tiles(grad_input, columns);
-    groups = ceil_div(columns, tiles * kTileColumns);
-    chunks = ceil_div(grad_input ? outputs : channels, chunk);
-  }
-
-  __host__ __device__ int64_t elements() const {
-    return groups * chunks * kTaps * tiles * kTileColumns * chunk;
-  }
-};
-
-template <typename T>
-__global__ void pack_conv3x3_kernel(const __grid_constant__ Conv3x3Weights weights,
-                                    const __grid_constant__ PackedShape shape, T* packed) {
-  constexpr int kWord = 4 / sizeof(T);  // elements
-  const T* const from =
-      static_cast<const T*>(weights.data) + blockIdx.y * weights.outputs * kTaps * weights.channels;
-  packed += blockIdx.y * shape.elements();
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < shape.elements(); i += step) {
-    const int element = static_cast<int>(i % kPiece<T>), word = element / kWord;
-    const int lane = static_cast<int>(i / kPiece<T> % kWarp), g = lane / 4, t = lane % 4;
-    const int pairs = shape.tiles / 2;
-    int64_t rest = i / kPiece<T> / kWarp;
-    const int pair = static_cast<int>(rest % pairs);
-    rest /= pairs;
-    const int step_of_chunk = static_cast<int>(rest % 2);
-    rest /= 2;
-    const int tap = static_cast<int>(rest % kTaps);
-    rest /= kTaps;
-    const int64_t inner = rest % shape.chunks * shape.chunk + step_of_chunk * kStep<T> +
-                          word % 2 * (kStep<T> / 2) + t * kWord + element % kWord;
-    const int64_t column = rest / shape.chunks * shape.tiles * kTileColumns +
-                           pair * 2 * kTileColumns + pair_column(word / 2 * kTileColumns + g);
-    const int64_t n = shape.grad_input ? inner : column, b = shape.grad_input ? column : inner;
-    const int source_tap = shape.grad_input ? kTaps - 1 - tap : tap;
-    const bool exists = n < weights.outputs && b < weights.channels;
-    packed[i] = exists ? to_operand(from[(n * kTaps + source_tap) * weights.channels + b])
-                       : narrow<T>(0.0f);
-  }
 }
 
 }  // namespace
@@ -225,22 +172,6 @@ std::string why_no_conv3x3(int device_index, Element element, int64_t outputs, i
   return "";
 }
 
-int64_t packed_conv3x3_bytes(Element element, bool grad_input, int64_t outputs, int64_t channels) {
-  return PackedShape(element, grad_input, outputs, channels).elements() * element_size(element);
-}
-
-void pack_conv3x3(Element element, bool grad_input, const Conv3x3Weights& weights, void* packed,
-                  void* stream) {
-  const PackedShape shape(element, grad_input, weights.outputs, weights.channels);
-  dispatch_operand(element, [&](auto tag) {
-    using T = decltype(tag);
-    const dim3 grid(std::min<int64_t>(ceil_div(shape.elements(), kThreads), 64), weights.layers);
-    pack_conv3x3_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        weights, shape, static_cast<T*>(packed));
-    check(cudaGetLastError(), "pack_conv3x3_kernel");
-  });
-}
-
 void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normalised,
                      const ImageSize& image, const void* weight, int64_t outputs, const View& y,
                      const Statistics* moments) {
@@ -259,11 +190,9 @@ void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normal
   const RowChunking chunking{rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
   const Sizes sizes{ImageRows(args, image), rows_per_block, static_cast<int>(args.channels),
                     static_cast<int>(outputs), stages};
-  double *partial_mean = nullptr, *partial_m2 = nullptr;
-  if (moments != nullptr) {
-    partial_mean = args.workspace(2 * outputs * chunking.chunks);
-    partial_m2 = partial_mean + outputs * chunking.chunks;
-  }
+  const Partials partials =
+      moments == nullptr ? Partials{} : make_partials(args, outputs, chunking.chunks, 1);
+  const MomentsOfBlocks result = moments_of_blocks(rows, chunking, moments);
   const auto launch = [&](auto element, auto row_tiles, auto tiles_tag, auto normalised_tag) {
     using T = decltype(element);
     constexpr auto kKernel =
@@ -273,7 +202,7 @@ void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normal
     kKernel<<<chunking.chunks, cut.warps * kWarp, layout(cut).bytes(stages),
               static_cast<cudaStream_t>(args.stream)>>>(sizes, Rows<const T>(args.features[0].x),
                                                         bn, static_cast<const uint4*>(weight),
-                                                        Rows<T>(y, 4), partial_mean, partial_m2);
+                                                        Rows<T>(y, 4), partials, result);
     check(cudaGetLastError(), "bn_relu_conv3x3_kernel");
   };
   dispatch_operand(args.element, [&](auto element) {
@@ -286,8 +215,6 @@ void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normal
       with_row_tiles(std::integral_constant<int, 1>{});
     });
   });
-  if (moments == nullptr) return;
-  merge_moments(outputs, rows, chunking, partial_mean, partial_m2, *moments, args.stream);
 }
 
 }  // namespace efficient_densenet::cuda

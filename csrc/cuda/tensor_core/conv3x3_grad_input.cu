@@ -1,4 +1,4 @@
-// What a 3x3 convolution and the norm before it send back to z, on tensor cores. First kernel:
+// What a 3x3 convolution and the norm before it send back to z, on tensor cores:
 //
 //   grad_y = G - (S1 + (y - mean) S2) / M          gathered as apply_bn_correction does
 //   grad_a = conv3x3(grad_y) with W transposed     [M, 9 k] times [9 k, B]
@@ -9,18 +9,17 @@
 //   4 or 8       in shared memory, all of k            accumulators, mask, sums, dz
 //   warps        W of the columns and a chunk of k beside it, copied one ahead
 //
-// then merge and elementwise kernels of concat_bn_relu_backward.cu, which make it the gradient of
-// z. A block has one tile of rows, 16 or 32 per warp (conv3x3.cuh), and all or one group of the
-// columns. It also writes grad_y of its own rows, which the weight's gradient reads.
-// Sums: a lane's rows, the lanes of a column, the warps in order; one partial result per channel
-// and block, merged in double. No atomics.
+// From these sums follows the gradient of z, which the reader of dz makes of it on the way
+// (conv1x1_grad_input.cu). A block has one tile of rows, 16 or 32 per warp (conv3x3.cuh), and all
+// or one group of the columns. It also writes grad_y of its own rows, which the weight's gradient
+// reads. Sums: a lane's rows, the lanes of a column, the warps in order; one partial result per
+// channel and block, added up in double by the last block (last_block.cuh).
 //
 // Bytes: G (4 per element) and y once, times 1 + (2 W + 2) / R, most of that from the L2 cache; z
 // once; dz and grad_y written once. W, 18 B k, from the L2 cache once per block.
 // Operations: 18 M B k. Limit: the tensor cores and shared memory.
-#include "cuda/elementwise/concat_bn_relu_backward.cuh"
-#include "cuda/elementwise/sums.cuh"
 #include "cuda/tensor_core/conv3x3.cuh"
+#include "cuda/tensor_core/left_over.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -43,27 +42,16 @@ struct Gather {
 struct SharedLayout {
   int numbers, grad_y, stage;
 
-  __host__ __device__ SharedLayout(int warps, int columns, int chunks, int stretch, int weights)
+  __host__ __device__ SharedLayout(int warps, int columns, int channel_chunks, int stretch,
+                                   int weights)
       : numbers(((SharedNorm::kNumbers + 2 * warps) * columns +
                  kMaxConv3x3Outputs * static_cast<int>(sizeof(CorrectionCoefficients<float>) / 4)) /
                 4),
-        grad_y(chunks * stretch * kPieces),
+        grad_y(channel_chunks * stretch * kPieces),
         stage(weights) {}
 
   int64_t bytes() const { return (numbers + kPieces + grad_y + 2 * int64_t(stage)) * kPieceBytes; }
 };
-
-// Of a row, 0 for those that do not count.
-template <typename T>
-__device__ Pack<T, 4> load_four(const T* from, bool aligned, int count) {
-  Pack<T, 4> values{};
-  if (count == 4 && aligned) return *reinterpret_cast<const Pack<T, 4>*>(from);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (k < count) values.values[k] = from[k];
-  }
-  return values;
-}
 
 constexpr int kBatch = 4;  // loads under way per thread and tensor
 
@@ -82,14 +70,14 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   extern __shared__ __align__(128) uint4 shared[];
   const int warps = blockDim.x / kWarp, block_rows = warps * kRowTiles * kTileRows;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, t = lane % kPieces;
-  const int chunks = (sizes.outputs + kChannelChunk<T> - 1) / kChannelChunk<T>;
+  const int channel_chunks = (sizes.outputs + kChannelChunk<T> - 1) / kChannelChunk<T>;
   const int columns = sizes.groups_per_block * kColumns;
   const int all_groups = (sizes.channels + kColumns - 1) / kColumns;
   const int first_group = blockIdx.y * sizes.groups_per_block;
   const int groups = min(sizes.groups_per_block, all_groups - first_group);
   const int first_channel = first_group * kColumns;
   const int stretch = sizes.images.stretch(block_rows);
-  const SharedLayout layout(warps, columns, chunks, stretch, kWeights);
+  const SharedLayout layout(warps, columns, channel_chunks, stretch, kWeights);
   float* const floats = reinterpret_cast<float*>(shared);
   const SharedNorm norm(floats, columns);
   float* const warp_sums = floats + SharedNorm::kNumbers * columns;
@@ -98,8 +86,8 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   uint4 *const zeros = shared + layout.numbers, *const operands = zeros + kPieces;
   uint4* const stages = operands + layout.grad_y;
 
-  const int total = groups * chunks;
-  weight += static_cast<int64_t>(first_group) * chunks * kWeights;
+  const int total = groups * channel_chunks;
+  weight += static_cast<int64_t>(first_group) * channel_chunks * kWeights;
   const auto copy = [&](int i) {
     if (i < total) {
       const uint4* const from = weight + static_cast<int64_t>(i) * kWeights;
@@ -130,15 +118,16 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   constexpr int kFours = kChannelChunk<T> / 4;
   const int in_chunk = threadIdx.x % kFours * 4, own_s = threadIdx.x / kFours;
   const int apart = blockDim.x / kFours;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int n = chunk * kChannelChunk<T> + in_chunk, count_n = count_before<4>(sizes.outputs, n);
+  for (int channel_chunk = 0; channel_chunk < channel_chunks; ++channel_chunk) {
+    const int n = channel_chunk * kChannelChunk<T> + in_chunk,
+              count_n = count_before<4>(sizes.outputs, n);
     CorrectionCoefficients<float> channels[4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (k < count_n) channels[k] = corrections[n + k];
     }
     T* const operand =
-        reinterpret_cast<T*>(operands + chunk * stretch * kPieces) + in_chunk % kPiece<T>;
+        reinterpret_cast<T*>(operands + channel_chunk * stretch * kPieces) + in_chunk % kPiece<T>;
     const bool writes = blockIdx.y == 0 && n < sizes.pitch;
     const float* from_g = grad_features.at(stretch_begin + own_s, n);
     const T* from_y = y.at(stretch_begin + own_s, n);
@@ -183,15 +172,16 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     inside[m] = sizes.images.taps_inside(tile_row + m * kTileRows + lane % 16, end);
   }
   float sums[kRowTiles][kTiles][4] = {};
-  int chunk = 0, first_column = 0;  // of the group
+  int channel_chunk = 0, first_column = 0;  // of the group
   for (int i = 0; i < total; ++i) {
     wait_for_copies<0>();
     __syncthreads();  // these weights (and grad_y) are there, and nobody reads those before
     copy(i + 1);
-    const int left = sizes.outputs - chunk * kChannelChunk<T>;
-    multiply_taps<T>(sums, operands + chunk * stretch * kPieces, zeros, stages + (i & 1) * kWeights,
-                     sizes.images, warp * kRowTiles * kTileRows, inside, left > kStep<T> ? 2 : 1);
-    if (++chunk < chunks) continue;
+    const int left = sizes.outputs - channel_chunk * kChannelChunk<T>;
+    multiply_taps<T>(sums, operands + channel_chunk * stretch * kPieces, zeros,
+                     stages + (i & 1) * kWeights, sizes.images, warp * kRowTiles * kTileRows,
+                     inside, left > kStep<T> ? 2 : 1);
+    if (++channel_chunk < channel_chunks) continue;
 
     const int64_t row = tile_row + lane / kPieces;
     const int own = first_column + 4 * t;
@@ -261,7 +251,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
         warp_sums[(warp * 2 + 1) * columns + column] = dz_centred_sums[0];
       }
     }
-    chunk = 0;
+    channel_chunk = 0;
     first_column += kColumns;
   }
   wait_for_copies<0>();
@@ -274,18 +264,19 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
       dz += warp_sums[w * 2 * columns + i];
       dz_centred += warp_sums[(w * 2 + 1) * columns + i];
     }
-    partial_dz[c * gridDim.x + blockIdx.x] = dz;
-    partial_dz_centred[c * gridDim.x + blockIdx.x] = dz_centred;
+    const int64_t to = int64_t(blockIdx.x) * sizes.channels + c;
+    partial_dz[to] = dz;
+    partial_dz_centred[to] = dz_centred;
   }
 #endif
 }
 
 int64_t shared_bytes(Element element, const RowCut& cut, int64_t outputs, int64_t channels,
                      int64_t width) {
-  const int chunk = kPieces * kPieceBytes / element_size(element);
+  const int channel_chunk = kPieces * kPieceBytes / element_size(element);
   const int tiles = conv3x3_tiles(true, channels), columns = tiles * kTileColumns;
   return SharedLayout(cut.warps, static_cast<int>(ceil_div(channels, columns)) * columns,
-                      static_cast<int>(ceil_div(outputs, chunk)),
+                      static_cast<int>(ceil_div(outputs, channel_chunk)),
                       static_cast<int>(cut.rows() + 2 * width + 2), kTaps * tiles * kWarp)
       .bytes();
 }
@@ -304,7 +295,8 @@ int64_t conv3x3_grad_input_bytes(Element element, int64_t outputs, int64_t chann
 
 void bn_relu_conv3x3_grad_input(const KernelArgs& args, const BatchNorm& bn, const ImageSize& image,
                                 const void* weight, int64_t outputs, const Gathered& gathered,
-                                const View& grad_y, const Gradients& gradients) {
+                                const View& grad_y, const Gradients& gradients,
+                                NormSumsLeft* left) {
   const auto bytes = [&](const RowCut& cut) {
     return shared_bytes(args.element, cut, outputs, args.channels, image.width);
   };
@@ -318,9 +310,7 @@ void bn_relu_conv3x3_grad_input(const KernelArgs& args, const BatchNorm& bn, con
   const Sizes sizes{ImageRows(args, image), static_cast<int>(args.channels),
                     static_cast<int>(outputs),
                     static_cast<int>(conv3x3_grad_pitch(args.element, outputs)), groups / splits};
-  const int64_t partials = args.channels * chunking.chunks;
-  double* const partial_dz = args.workspace(2 * partials);
-  double* const partial_dz_centred = partial_dz + partials;
+  *left = make_sums_left(args, bn, chunking.chunks, gradients);
   const View& grad_z = gradients.grad_y;
   const auto launch = [&](auto element, auto row_tiles, auto tiles_tag) {
     using T = decltype(element);
@@ -331,8 +321,8 @@ void bn_relu_conv3x3_grad_input(const KernelArgs& args, const BatchNorm& bn, con
               static_cast<cudaStream_t>(args.stream)>>>(
         sizes, Rows<const float>(gathered.grad_features, 4), Rows<const T>(gathered.y, 4),
         Gather{gathered.mean, gathered.correction}, Rows<const T>(args.features[0].x, 4), bn,
-        static_cast<const uint4*>(weight), Rows<T>(grad_y, 4), Rows<T>(grad_z, 4), partial_dz,
-        partial_dz_centred);
+        static_cast<const uint4*>(weight), Rows<T>(grad_y, 4), Rows<T>(grad_z, 4),
+        const_cast<double*>(left->dz), const_cast<double*>(left->dz_centred));
     check(cudaGetLastError(), "bn_relu_conv3x3_grad_input_kernel");
   };
   dispatch_operand(args.element, [&](auto element) {
@@ -341,8 +331,6 @@ void bn_relu_conv3x3_grad_input(const KernelArgs& args, const BatchNorm& bn, con
       launch(element, std::integral_constant<int, 1>{}, tag);
     });
   });
-  merge_gradients(args, bn, gradients, chunking, partial_dz, partial_dz_centred);
-  backward_elementwise(args, bn, gradients);
 }
 
 }  // namespace efficient_densenet::cuda

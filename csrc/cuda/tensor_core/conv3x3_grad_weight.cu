@@ -11,7 +11,8 @@
 // Blocks split B and the rows. Copies of the next tile of rows are under way while one is
 // multiplied. The mma sums over rows, so operands are read across: by transposing loads (16 bits),
 // or as single words (TF32). At the end a block adds its warps' parts of the rows, in order, and
-// writes one partial result; a second kernel adds those of all blocks in double. No atomics.
+// writes one partial result; a later kernel adds those of all, as this one does for kernels before
+// (left_over.cuh).
 //
 // Bytes: z once, times 1 + (2 W + 2) / R, the rest of that from the L2 cache; grad_y once per chunk
 // of B, from the L2 cache after the first. Partial results: 9 k B floats per part of the rows,
@@ -19,15 +20,16 @@
 // Limit: shared memory (per 16 rows and tap, an operand of 1 KB for k / 8 * 2 products) and, with
 // few rows, the latency of a tile.
 #include "cuda/tensor_core/conv3x3.cuh"
-#include "cuda/tensor_core/parts.cuh"
+#include "cuda/tensor_core/left_over.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
 
 constexpr int kLines = 3, kHalves = 2;  // of taps; warps per line
 constexpr int kBlockThreads = kLines * kHalves * kWarp;
-constexpr int64_t kBlocks = 264;  // about; two per multiprocessor of a large GPU
-constexpr int kMostTiles = 6;     // of k, per block: accumulators are 3 taps times so many
+// About two per multiprocessor of a large GPU; its parts then are of whole rounds (left_over.cuh).
+constexpr int64_t kBlocks = 256;
+constexpr int kMostTiles = 6;  // of k, per block: accumulators are 3 taps times so many
 
 struct Sizes {
   ImageRows images;
@@ -139,8 +141,9 @@ template <typename T, int kTiles>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     bn_relu_conv3x3_grad_weight_kernel(const __grid_constant__ Sizes sizes,
                                        const __grid_constant__ Rows<const T> z, BatchNorm bn,
-                                       const __grid_constant__ Rows<const T> grad_y,
-                                       float* partial) {
+                                       const __grid_constant__ Rows<const T> grad_y, float* parts,
+                                       const __grid_constant__ WeightParts parts_left,
+                                       const __grid_constant__ NormSumsLeft sums_left) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kColumns = kTiles * kTileColumns, kPitch_ = kPitch<T, kTiles>;
   constexpr int kRowPieces = kColumns / kPiece<T>;  // of grad_y
@@ -192,6 +195,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     commit_copies();
   };
   copy(0);
+  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const int blocks = gridDim.x * gridDim.y * gridDim.z;
+  add_left<T>(sums_left, block, blocks);
+  add_left<T>(parts_left, block, blocks);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
   float sums[3][S::kOwnTiles][kTiles][4] = {};
@@ -251,16 +258,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     }
   }
   __syncthreads();
-  constexpr int kQuads = kChannelChunk<T> / 4;
+  constexpr int kOwnQuads = kChannelChunk<T> / 4;
   const int taps = min(kColumns, sizes.outputs - first_output) * kTaps;  // of all outputs
-  const int64_t first_tap =
-      (static_cast<int64_t>(blockIdx.y) * sizes.outputs + first_output) * kTaps;
-  const bool aligned = sizes.channels % 4 == 0;
-  for (int i = threadIdx.x; i < taps * kQuads; i += kBlockThreads) {
-    const int tap = i / kQuads, c = i % kQuads * 4;
-    store_row(partial + (first_tap + tap) * sizes.channels + first_channel + c,
-              *reinterpret_cast<const Pack<float, 4>*>(all + tap * kPitchSum<T> + c), aligned,
-              count_before<4>(sizes.channels, first_channel + c));
+  const int64_t first_tap = int64_t(blockIdx.y) * sizes.outputs * kTaps + first_output * kTaps;
+  for (int i = threadIdx.x; i < taps * kOwnQuads; i += kBlockThreads) {
+    const int tap = i / kOwnQuads, c = i % kOwnQuads * 4;
+    store_row(parts + (first_tap + tap) * sizes.channels + first_channel + c,
+              *reinterpret_cast<const Pack<float, 4>*>(all + tap * kPitchSum<T> + c),
+              sizes.channels % 4 == 0, count_before<4>(sizes.channels, first_channel + c));
   }
 #endif
 }
@@ -293,14 +298,15 @@ int64_t conv3x3_grad_weight_bytes(Element element, int64_t outputs, int64_t widt
 
 void bn_relu_conv3x3_grad_weight(const KernelArgs& args, const BatchNorm& bn,
                                  const ImageSize& image, int64_t outputs, const View& grad_y,
-                                 void* grad_weight) {
+                                 const WeightGradient& grad_weight, WeightParts* parts_left,
+                                 const NormSumsLeft& sums_left) {
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  const int64_t rows = args.rows.count, elements = outputs * kTaps * args.channels;
+  const int64_t rows = args.rows.count;
   const int tiles = tiles_of(outputs), groups = groups_of(outputs);
   dispatch_operand(args.element, [&](auto element) {
     using T = decltype(element);
-    const int64_t chunks = ceil_div(args.channels, kChannelChunk<T>);
-    const int64_t row_blocks = std::max<int64_t>(1, kBlocks / (chunks * groups));
+    const int64_t channel_chunks = ceil_div(args.channels, kChannelChunk<T>);
+    const int64_t row_blocks = std::max<int64_t>(1, kBlocks / (channel_chunks * groups));
     int tile_rows = 256;
     while (tile_rows > kFewestRows &&
            (rows < row_blocks * tile_rows ||
@@ -312,17 +318,18 @@ void bn_relu_conv3x3_grad_weight(const KernelArgs& args, const BatchNorm& bn,
     const int parts = static_cast<int>(ceil_div(rows, rows_per_block));
     const Sizes sizes{ImageRows(args, image), rows_per_block, tile_rows,
                       static_cast<int>(args.channels), static_cast<int>(outputs)};
-    auto* const partial = reinterpret_cast<float*>(args.workspace((parts * elements + 1) / 2));
+    const WeightParts own = make_weight_parts(args, outputs, kTaps, parts, grad_weight);
     dispatch_conv3x3_tiles(tiles, [&](auto tag) {
       if constexpr (decltype(tag)::value <= kMostTiles) {
         constexpr auto kKernel = bn_relu_conv3x3_grad_weight_kernel<T, decltype(tag)::value>;
         allow_shared<kKernel>();
-        kKernel<<<dim3(chunks, parts, groups), kBlockThreads, bytes, stream>>>(
-            sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_y), partial);
+        kKernel<<<dim3(channel_chunks, parts, groups), kBlockThreads, bytes, stream>>>(
+            sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_y),
+            const_cast<float*>(own.memory), *parts_left, sums_left);
         check(cudaGetLastError(), "bn_relu_conv3x3_grad_weight_kernel");
       }
     });
-    add_parts<T>(elements, parts, partial, static_cast<T*>(grad_weight), stream);
+    *parts_left = own;
   });
 }
 

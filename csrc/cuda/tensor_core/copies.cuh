@@ -99,6 +99,18 @@ __device__ __forceinline__ void store_row(T* to, const Pack<T, k>& pack, bool al
   }
 }
 
+// Four elements of a row, 0 for those that do not count.
+template <typename T>
+__device__ Pack<T, 4> load_four(const T* from, bool aligned, int count) {
+  Pack<T, 4> values{};
+  if (count == 4 && aligned) return *reinterpret_cast<const Pack<T, 4>*>(from);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (k < count) values.values[k] = from[k];
+  }
+  return values;
+}
+
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
 
 // Four elements in one access, which the compiler would break up in places. `to` is aligned.

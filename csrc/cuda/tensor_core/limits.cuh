@@ -29,6 +29,16 @@ void dispatch_tiles(int tiles, const Body& body) {
   }
 }
 
+// Groups of columns of a 1x1 convolution's outputs, which blocks share: see conv1x1_forward.cu.
+struct OutputGroups {
+  int groups, tiles;  // tiles of 8 columns in a group
+
+  OutputGroups(int64_t rows, int64_t outputs) : groups(1) {
+    while (rows * groups < 16384 && groups < 4 && outputs > 32 * groups) groups *= 2;
+    tiles = tiles_for(ceil_div(outputs, groups));
+  }
+};
+
 template <typename Body>
 void dispatch_operand(Element element, const Body& body) {
   EFFICIENT_DENSENET_CHECK(!is_double(element), "efficient_densenet",

@@ -72,12 +72,12 @@ struct WarpMoments {
     owner = tile.owner;
   }
 
-  // Those of the block's warps, in order: one partial result per column and block,
-  // [outputs, gridDim.x]. `memory` is shared, kFloats per warp.
+  // Those of the block's warps, in order: one partial result per column and block. `memory` is
+  // shared, kFloats per warp.
   static constexpr int kColumns = kTiles * kTileColumns, kFloats = 2 * kColumns + 1;
 
-  __device__ void write(float* memory, int first_output, int outputs, double* partial_mean,
-                        double* partial_m2) const {
+  __device__ void write(float* memory, int first_output, int outputs,
+                        const Partials& partials) const {
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     float *const m2s = memory + warps * kColumns, *const counts = m2s + warps * kColumns;
     if (lane == 0) counts[warp] = moments.count;
@@ -99,9 +99,9 @@ struct WarpMoments {
             counts[w], [&](int) { return memory[w * kColumns + n]; },
             [&](int) { return m2s[w * kColumns + n]; });
       }
-      const int64_t i = static_cast<int64_t>(first_output + n) * gridDim.x + blockIdx.x;
-      partial_mean[i] = all.mean[0];
-      partial_m2[i] = all.m2[0];
+      const int64_t i = partials.at(blockIdx.x, first_output + n);
+      partials.first[i] = all.mean[0];
+      partials.second[i] = all.m2[0];
     }
   }
 };
