@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +234,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def digest_of_kernels() -> str:
+    """Of what the kernels and the loops over layers do: their sources without comments."""
+    digest = hashlib.sha256()
+    for folder in ("cuda", "dense_block"):
+        for path in sorted((RESULTS.parents[1] / "csrc" / folder).rglob("*.*")):
+            code = re.sub(r"//.*", "", path.read_text())
+            digest.update(" ".join([path.name, *code.split()]).encode())
+    return digest.hexdigest()[:16]
+
+
 def origin(device: str, command: str) -> dict[str, str | int | None]:
     """What a result was measured on and with."""
     on_gpu = device == "cuda"
@@ -247,6 +259,7 @@ def origin(device: str, command: str) -> dict[str, str | int | None]:
         # A copy of the tree has no history: who makes it names the commit.
         "commit": os.environ.get("EFFICIENT_DENSENET_COMMIT")
         or _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"),
+        "kernels": digest_of_kernels(),
         "command": command,
     }
 

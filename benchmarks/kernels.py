@@ -55,21 +55,17 @@ OPS = torch.ops.efficient_densenet
 BATCH = 64
 EPS = 1e-5
 L2_BYTES = 256 << 20  # more than any L2 cache holds
-# Kernels of each part, by the size of the convolution.
+# The kernel of each part, by the size of the convolution.
 PARTS = {
     1: {
-        "forward": ("bn_relu_conv1x1_kernel", "merge_moments_kernel"),
-        "grad input": ("bn_relu_conv1x1_grad_input_kernel", "merge_norm_grad_kernel"),
-        "grad weight": ("bn_relu_conv1x1_grad_weight_kernel", "add_parts_kernel"),
+        "forward": "bn_relu_conv1x1_kernel",
+        "grad input": "bn_relu_conv1x1_grad_input_kernel",
+        "grad weight": "bn_relu_conv1x1_grad_weight_kernel",
     },
     3: {
-        "forward": ("bn_relu_conv3x3_kernel", "merge_moments_kernel"),
-        "grad input": (
-            "bn_relu_conv3x3_grad_input_kernel",
-            "merge_sums_kernel",
-            "grad_features_kernel",
-        ),
-        "grad weight": ("bn_relu_conv3x3_grad_weight_kernel", "add_parts_kernel"),
+        "forward": "bn_relu_conv3x3_kernel",
+        "grad input": "bn_relu_conv3x3_grad_input_kernel",
+        "grad weight": "bn_relu_conv3x3_grad_weight_kernel",
     },
 }
 
@@ -96,15 +92,15 @@ class Layer:
     def nbytes(self, part: str, dtype: torch.dtype) -> int:
         """Input and result (or its gradient) once; G, in float32; weights and their gradient.
 
-        Of the 1x1 convolution's grad input, G of x is read and written. Of the 3x3's, G of the
-        result is read and its gradient written; the gradient of the input is written, and read and
-        written once more by batch norm, which reads the input again.
+        Of the 1x1 convolution's grad input, G of x is read and written; the gradient of the result
+        is made on the way, of itself and of the result, and written. Of the 3x3's, G of the result
+        and the result are read and its gradient written, and so is that of the input.
         """
         x, z = self.rows * self.channels, self.rows * self.outputs
         w, size = self.kernel**2 * self.channels * self.outputs, dtype.itemsize
         more = {
-            1: {"forward": 0, "grad input": 8 * x, "grad weight": 4 * w},
-            3: {"forward": 0, "grad input": (4 + size) * z + 4 * size * x, "grad weight": size * w},
+            1: {"forward": 0, "grad input": 8 * x + 2 * size * z, "grad weight": 4 * w},
+            3: {"forward": 0, "grad input": (4 + size) * z + size * x, "grad weight": size * w},
         }
         return (x + z + w) * size + more[self.kernel][part]
 
@@ -175,15 +171,19 @@ class Operands1x1(Operands):
         self.grad_features = torch.zeros(layer.rows, layer.total, device="cuda")
         self.correction = torch.zeros(2, layer.channels, dtype=torch.float64, device="cuda")
         self.grad_conv = torch.empty(self.conv.shape, device="cuda")
+        self.grad_z = torch.empty_like(self.grad_y)
+        # Of a norm2 whose ReLU is open everywhere, and that changes nothing: torch has none here.
+        self.coefficients = torch.zeros(5, layer.outputs, device="cuda")
+        self.coefficients[1], self.coefficients[2] = 1, 1e4  # scale and bias
 
     def forward(self) -> None:
         OPS.bn_relu_conv1x1(self.x, *self.norm(), self.conv, self.y, self.moments)
 
     def backward(self, grad_conv: Tensor | None) -> None:
         OPS.bn_relu_conv1x1_backward(
-            self.grad_y, self.x, *self.norm(), self.conv,
-            self.grad_features[:, : self.layer.channels], self.grad_affine, self.correction,
-            True, grad_conv,
+            self.grad_y, self.y, self.coefficients, True, self.x, *self.norm(), self.conv,
+            self.grad_z, self.grad_features[:, : self.layer.channels], self.grad_affine,
+            self.correction, True, grad_conv,
         )  # fmt: skip
 
 
@@ -194,6 +194,7 @@ class Operands3x3(Operands):
         self.grad_features = self.grad_y.float()
         self.grad_x, self.grad_conv = torch.empty_like(self.x), torch.empty_like(self.conv)
         self.correction = torch.zeros(2, layer.outputs, dtype=torch.float64, device="cuda")
+        self.coefficients = torch.empty(5, layer.channels, device="cuda")
         self.size = layer.size, layer.size
 
     def forward(self) -> None:
@@ -202,7 +203,8 @@ class Operands3x3(Operands):
     def backward(self, grad_conv: Tensor | None) -> None:
         OPS.bn_relu_conv3x3_backward(
             self.grad_features, self.y, self.moments[0], self.correction, self.x, *self.norm(),
-            self.conv, *self.size, self.grad_x, self.grad_affine, True, grad_conv,
+            self.conv, *self.size, self.grad_x, self.grad_affine, self.coefficients, True,
+            grad_conv,
         )  # fmt: skip
 
 
@@ -274,13 +276,9 @@ def kernel_times(function: Callable[[], object], repeats: int) -> dict[str, floa
     }
 
 
-def total_us(times: dict[str, float], kernels: tuple[str, ...] | None = None) -> float:
-    """Of the kernels with one of these names (all, if there are none given)."""
-    return sum(
-        us
-        for name, us in times.items()
-        if kernels is None or any(kernel in name for kernel in kernels)
-    )
+def total_us(times: dict[str, float], kernel: str = "") -> float:
+    """Of the kernels whose names contain this."""
+    return sum(us for name, us in times.items() if kernel in name)
 
 
 def check(operands: Operands, plain: Plain, dtype: torch.dtype) -> None:
@@ -307,11 +305,9 @@ def measure(layer: Layer, dtype: torch.dtype, bandwidth: float, repeats: int) ->
     row = dataclasses.asdict(layer) | {"dtype": str(dtype)[6:], "rows": layer.rows}
     convolutions = plain.convolutions() if layer.kernel == 3 else {}
     for part, call in operands.parts().items():
-        kernels, times = PARTS[layer.kernel][part], kernel_times(call, repeats)
-        us = total_us(times, kernels)
+        us = total_us(kernel_times(call, repeats), PARTS[layer.kernel][part])
         share = layer.nbytes(part, dtype) / (us / 1e6) / bandwidth
         row[part] = {"us": us, "bytes": layer.nbytes(part, dtype), "share of copy": share}
-        row[part]["kernels"] = {kernel: total_us(times, (kernel,)) for kernel in kernels}
         if part in convolutions:
             row[part]["cudnn us"] = total_us(kernel_times(convolutions[part], repeats))
     row["torch forward us"] = total_us(kernel_times(plain.forward, repeats))

@@ -228,11 +228,18 @@ def train_step(job: Job, row: str) -> TrainStep:
     model, images = model_and_images(job, MODELS[name], precision)
     model = compiled(model, way)
     if way == GRAPHED:
-        if job.device == "cpu" or precision.autocast:
-            raise NotTimed("graphs of forward and backward: on a GPU and without autocast only")
-        torch.cuda.make_graphed_callables(model, (images,))
+        if job.device == "cpu":
+            raise NotTimed("graphs of forward and backward: on a GPU only")
+        make_graphs(model, images, precision.autocast)
     target = torch.randint(NETWORKS[job.config].num_classes, (job.batch,)).to(job.device)
     return TrainStep(model, images, target, precision.autocast)
+
+
+def make_graphs(model: nn.Module, images: torch.Tensor, autocast: torch.dtype | None) -> None:
+    """One of forward and one of backward, which hold the casts of autocast."""
+    cast = torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False)
+    with cast:  # casts that a cache keeps would be made once, outside of the graph
+        torch.cuda.make_graphed_callables(model, (images,))
 
 
 def measurements(job: Job) -> dict:
