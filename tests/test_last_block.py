@@ -15,8 +15,7 @@ from reference import requires_cuda
 pytestmark = requires_cuda
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Images of 8 x 8: with so many, kernels have one block, less or more than a team each (32), and
-# several members to a team.
+# Images of 8 x 8: with so many, kernels have one block, a few or more than a hundred.
 BATCHES = [1, 7, 64, 300]
 
 
