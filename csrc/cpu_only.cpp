@@ -5,6 +5,7 @@
 #include "operators/bn_relu_conv1x1.h"
 #include "operators/bn_relu_conv3x3.h"
 #include "operators/bn_relu_max_pool.h"
+#include "operators/norm_numbers.h"
 #include "operators/running_statistics.h"
 
 namespace efficient_densenet::cuda {
@@ -55,10 +56,11 @@ void pack_weights(Element, int64_t, const std::vector<PackJob>&, const ZeroMemor
   fail_without_cuda();
 }
 void bn_relu_conv1x1(const KernelArgs&, const BatchNorm&, const void*, int64_t, const FoldedNorm&,
-                     const View&, const Statistics*) {
+                     const View&, const Statistics*, const MomentsLeft&, MomentsLeft*) {
   fail_without_cuda();
 }
-void fold_norms(const Norms&, float*, float*, void*) { fail_without_cuda(); }
+void norm_numbers(const std::vector<KnownNorm>&, float*, int64_t, void*) { fail_without_cuda(); }
+void fold_norms(const std::vector<KnownNorm>&, float*, float*, void*) { fail_without_cuda(); }
 void bn_relu_conv1x1_grad_input(const KernelArgs&, const BatchNorm&, const void*, int64_t,
                                 const NormGradient&, const NormGradArgs&, ReaderSumsLeft*) {
   fail_without_cuda();
@@ -72,7 +74,7 @@ std::string why_no_conv3x3(int, Element, int64_t, int64_t, int64_t) {
   return "this build is CPU only";
 }
 void bn_relu_conv3x3(const KernelArgs&, const BatchNorm&, bool, const ImageSize&, const void*,
-                     int64_t, const View&, const Statistics*) {
+                     int64_t, const View&, const Statistics*, const MomentsLeft&, MomentsLeft*) {
   fail_without_cuda();
 }
 int64_t conv3x3_grad_pitch(Element, int64_t) { fail_without_cuda(); }

@@ -56,7 +56,7 @@ def bn_relu_max_pool(x: Tensor, norm: BatchNorm) -> Tensor:
         result: Tensor = handle_torch_function(bn_relu_max_pool, tensors, x, norm)
         return result
     updates = RunningUpdates()
-    y = run_bn_relu_max_pool(x, norm, updates)
+    y = _run(x, norm, updates)
     updates.move()  # last, so that an error leaves them as they were
     return y
 
@@ -72,11 +72,12 @@ def run_bn_relu_max_pool(x: Tensor, norm: BatchNorm, updates: RunningUpdates) ->
         arguments = x, norm, updates
         result: Tensor = handle_torch_function(run_bn_relu_max_pool, tensors, *arguments)
         return result
+    return _run(x, norm, updates)
+
+
+def _run(x: Tensor, norm: BatchNorm, updates: RunningUpdates) -> Tensor:
     dtype = check_pooling_arguments(x, norm)
-    return _run(without_subclass(x), norm_without_subclasses(norm), dtype, updates)
-
-
-def _run(x: Tensor, norm: BatchNorm, dtype: torch.dtype, updates: RunningUpdates) -> Tensor:
+    x, norm = without_subclass(x), norm_without_subclasses(norm)
     differentiable = x, norm.weight, norm.bias
     check_transforms("bn_relu_max_pool", *differentiable)
     needs_grad = any(tensor is not None and tensor.requires_grad for tensor in differentiable)

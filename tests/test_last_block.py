@@ -15,8 +15,9 @@ from reference import requires_cuda
 pytestmark = requires_cuda
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Images of 8 x 8: with so many, kernels have one block, a few or more than a hundred.
-BATCHES = [1, 7, 64, 300]
+# Images of 8 x 8: with so many, kernels have one block, a few, more than a hundred, or so many that
+# teams of blocks add up before all of them do.
+BATCHES = [1, 7, 64, 300, 512]
 
 
 @pytest.fixture(autouse=True)

@@ -48,8 +48,8 @@ struct KernelArgs {
   int64_t channels;
   void* stream = nullptr;                     // CUDA only
   std::function<double*(int64_t)> workspace;  // CUDA only: scratch of so many doubles
-  // CUDA only: so many floats, which stay until the second call after this one that asks.
-  std::function<float*(int64_t)> weight_parts;
+  // CUDA only: so many bytes, which stay until the second call after this one that asks.
+  std::function<void*(int64_t)> kept;
   std::function<uint32_t*(int64_t)> tickets;  // CUDA only: so many of last_block.cuh, which are 0
 };
 
@@ -64,6 +64,10 @@ struct BatchNorm {
   const void* weight;
   const void* bias;
   double eps;
+  // On CUDA, where they were made beforehand (operators/norm_numbers.h): m, scale and the bias that
+  // makes up for it, [3, .] with so many floats from one to the next. Null: each kernel makes them.
+  const float* numbers = nullptr;
+  int64_t numbers_stride = 0;
 };
 
 // scale z + bias of a norm whose statistics are known beforehand, [C]; null: no norm.

@@ -167,14 +167,14 @@ class Launcher {
       }
       return static_cast<double*>(workspace_->data_ptr());
     };
-    args.weight_parts = [this](int64_t floats) {
-      weight_parts_turn_ = 1 - weight_parts_turn_;
-      std::optional<Tensor>& memory = weight_parts_[weight_parts_turn_];
-      if (!memory || memory->numel() < floats) {
+    args.kept = [this](int64_t bytes) {
+      kept_turn_ = 1 - kept_turn_;
+      std::optional<Tensor>& memory = kept_[kept_turn_];
+      if (!memory || memory->numel() < bytes) {
         memory.reset();
-        memory = empty({floats}, ScalarType::Float, device_);
+        memory = empty({bytes}, ScalarType::Byte, device_);
       }
-      return static_cast<float*>(memory->data_ptr());
+      return memory->data_ptr();
     };
     args.tickets = [this](int64_t count) {
       if (count > num_tickets_) {
@@ -191,8 +191,8 @@ class Launcher {
   Device device_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_ = nullptr;
-  std::optional<Tensor> workspace_, tickets_memory_, weight_parts_[2];
-  int weight_parts_turn_ = 0;
+  std::optional<Tensor> workspace_, tickets_memory_, kept_[2];
+  int kept_turn_ = 0;
   uint32_t* tickets_ = nullptr;
   int64_t num_tickets_ = 0;
 };

@@ -143,7 +143,7 @@ void Block::backward_conv1(Backward& state, int64_t layer, const TensorMatrix& g
                            bool a1_is_ready, const std::optional<Tensor>& grad_weight) {
   const Norm& norm = norms_[layer];
   const int64_t channels = norm.channels;
-  const Tensor weight = conv1(layer);
+  const Tensor& weight = conv1(layer);
   const std::vector<RowChunk> chunks = backward_chunks(channels);
   std::optional<Tensor> partial;  // the weight's gradient, one sum per chunk
   if (grad_weight && chunks.size() > 1) {
@@ -256,7 +256,7 @@ Tensor Block::backward_aten_conv2(Backward& state, int64_t layer, const TensorMa
 void Block::backward_layer(Backward& state, int64_t layer, const std::optional<Tensor>& grad_conv1,
                            const std::optional<WeightGradient>& grad_conv2) {
   const TensorMatrix z = this->z(layer);
-  if (!arguments_.z) bottleneck(layer, z, nullptr);
+  if (!arguments_.z) bottleneck(layer, z, nullptr, {}, nullptr);
   if (path_.conv2_on_tensor_cores) {
     const TensorMatrix grad_a2 = backward_conv2(state, layer, z, grad_conv2);
     return backward_conv1_on_tensor_cores(state, layer, grad_a2, grad_conv1);
@@ -297,9 +297,24 @@ void Block::backward_layers(Backward& state, const BlockGradients& gradients) {
   aten::copy(reinterpret(joined, 0, sizes, strides), *gradients.conv2);
 }
 
+// Of all layers: where their statistics are known.
+void Block::make_norm_numbers() {
+  norm_numbers_ = empty({3 * affine_count_}, ScalarType::Float, device_);
+  auto* const numbers = static_cast<float*>(norm_numbers_->data_ptr());
+  std::vector<KnownNorm> known;
+  for (int64_t n = 0; n < 2 * layers_; ++n) {
+    Norm& norm = norms_[n];
+    known.push_back({norm.bn, norm.channels, norm.affine_begin});
+    norm.bn.numbers = numbers + norm.affine_begin;
+    norm.bn.numbers_stride = affine_count_;
+  }
+  cuda::norm_numbers(known, numbers, affine_count_, launch_.stream());
+}
+
 Block::Backward Block::start_backward(const BlockGradients& gradients) {
   std::vector<WeightsToPack> weights;
   if (on_tensor_cores()) {
+    make_norm_numbers();
     if (!arguments_.z) weights.push_back(conv1_weights(WeightLayout::kForward));
     weights.push_back(conv1_weights(WeightLayout::kGradInput));
   }

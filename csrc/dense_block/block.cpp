@@ -260,28 +260,29 @@ Tensor Block::pack(const Tensors& weights, const Sizes& sizes, const Sizes& stri
   return packed;
 }
 
-Tensor Block::conv1(int64_t layer) {
+Tensors Block::all_conv1() const {
   const Tensors& weights = arguments_.conv1;
   const auto as_read = [&](const Tensor& weight) {
     return weight.scalar_type() == dtype_ && weight.stride(1) == 1 &&
            (bottleneck_ == 1 || weight.stride(0) == weight.size(1));
   };
+  Tensors all;
   if (std::all_of(weights.begin(), weights.end(), as_read)) {
-    const int64_t channels = channels_before(layer);
-    return reinterpret(weights[layer], 0, {bottleneck_, channels}, {channels, 1});
-  }
-  if (!copied_conv1_) {
-    Tensors rows;
     for (const Tensor& weight : weights) {
-      rows.push_back(reinterpret(torch::stable::contiguous(weight), 0, {weight.numel()}, {1}));
+      all.push_back(reinterpret(weight, 0, {bottleneck_, weight.size(1)}, {weight.size(1), 1}));
     }
-    const Sizes all{bottleneck_ * total_inputs(layers_)};
-    copied_conv1_ = pack(rows, all, {1});
+    return all;
   }
-  return packed_conv1(*copied_conv1_, layer);
+  Tensors rows;
+  for (const Tensor& weight : weights) {
+    rows.push_back(reinterpret(torch::stable::contiguous(weight), 0, {weight.numel()}, {1}));
+  }
+  const Tensor copied = pack(rows, {bottleneck_ * total_inputs(layers_)}, {1});
+  for (int64_t l = 0; l < layers_; ++l) all.push_back(packed_conv1(copied, l));
+  return all;
 }
 
-Tensor Block::conv2(int64_t layer) {
+Tensors Block::all_conv2() const {
   const Tensors& weights = arguments_.conv2;
   const Sizes inner = channels_last_strides(bottleneck_, given_kernel());
   const auto as_read = [&](const Tensor& weight) {
@@ -291,14 +292,25 @@ Tensor Block::conv2(int64_t layer) {
     }
     return fits;
   };
+  Tensors all;
   if (std::all_of(weights.begin(), weights.end(), as_read)) {
-    return packed_conv2(weights[layer], 0);
+    for (const Tensor& weight : weights) all.push_back(packed_conv2(weight, 0));
+    return all;
   }
-  if (!copied_conv2_) {
-    const Sizes all = with_sizes(layers_ * growth_, bottleneck_, given_kernel());
-    copied_conv2_ = pack(weights, all, inner);
-  }
-  return packed_conv2(*copied_conv2_, layer);
+  const Sizes sizes = with_sizes(layers_ * growth_, bottleneck_, given_kernel());
+  const Tensor copied = pack(weights, sizes, inner);
+  for (int64_t l = 0; l < layers_; ++l) all.push_back(packed_conv2(copied, l));
+  return all;
+}
+
+const Tensor& Block::conv1(int64_t layer) {
+  if (conv1_.empty()) conv1_ = all_conv1();
+  return conv1_[layer];
+}
+
+const Tensor& Block::conv2(int64_t layer) {
+  if (conv2_.empty()) conv2_ = all_conv2();
+  return conv2_[layer];
 }
 
 // Of weights, or of their gradients.

@@ -20,6 +20,7 @@
 #include "dense_block/matrix.h"
 #include "operators/bn_relu_conv1x1.h"
 #include "operators/bn_relu_conv3x3.h"
+#include "operators/norm_numbers.h"
 
 namespace efficient_densenet {
 
@@ -136,8 +137,10 @@ class Block {
     return matrix.as_images(images_, channels, spatial_);
   }
   // Weights as ATen's operators read them: [B, C_l], and [k, B, *kernel] with inner channels.
-  Tensor conv1(int64_t layer);
-  Tensor conv2(int64_t layer);
+  const Tensor& conv1(int64_t layer);
+  const Tensor& conv2(int64_t layer);
+  Tensors all_conv1() const;
+  Tensors all_conv2() const;
   // The same of all layers in one memory, `packed`.
   Tensor packed_conv1(const Tensor& packed, int64_t layer) const;
   Tensor packed_conv2(const Tensor& packed, int64_t layer) const;
@@ -161,11 +164,15 @@ class Block {
   void take_statistics(const TensorMatrix& x, int64_t channels, double* mean, double* var,
                        const View* copy);
   void normalise(const Norm& norm, const TensorMatrix& x, int64_t rows, const TensorMatrix& y);
-  void bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* moments);
-  void forward_layer(int64_t layer);
+  void bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* moments,
+                  const MomentsLeft& x_left, MomentsLeft* z_left);
+  // `left`: moments of the layer's input; then of its new features, where the next layer adds them
+  // up.
+  void forward_layer(int64_t layer, MomentsLeft* left);
   void forward_reader(const TensorMatrix& y);
 
   // Backward.
+  void make_norm_numbers();
   Backward start_backward(const BlockGradients& gradients);
   void backward_result(Backward& state, const Tensor& grad_result,
                        const std::optional<TensorMatrix>& grad_y);
@@ -212,10 +219,10 @@ class Block {
   int64_t affine_count_ = 0, frozen_count_ = 0;
   KernelPath path_;
   std::optional<Tensor> a1_, a2_, z_, grad_z_, grad_a2_, grad_new_, coefficients_,
-      zeros_;  // scratch
-  // For ATen: of all layers, where they are not as it reads them.
-  std::optional<Tensor> copied_conv1_, copied_conv2_;
-  std::optional<Tensor> folded_;  // norm2 of each layer: scale, bias [2, L, B]
+      zeros_;                           // scratch
+  Tensors conv1_, conv2_;               // as ATen reads them, once somebody has asked for one
+  std::optional<Tensor> norm_numbers_;  // in the backward pass: BatchNorm::numbers
+  std::optional<Tensor> folded_;        // norm2 of each layer: scale, bias [2, L, B]
   PackedWeights packed_weights_[2][2];
 };
 

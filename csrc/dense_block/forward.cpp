@@ -83,15 +83,16 @@ double* Block::pack_weights(const std::vector<WeightsToPack>& weights, int64_t z
 void Block::fold_norm2() {
   folded_ = empty({2 * layers_ * bottleneck_}, ScalarType::Float, device_);
   auto* const scale = static_cast<float*>(folded_->data_ptr());
-  const std::vector<double> eps(arguments_.eps.begin() + layers_,
-                                arguments_.eps.begin() + 2 * layers_);
-  // Their numbers lie one after the other.
-  cuda::fold_norms({norms_[layers_].bn, eps, bottleneck_}, scale, scale + layers_ * bottleneck_,
-                   launch_.stream());
+  std::vector<KnownNorm> known;
+  for (int64_t l = 0; l < layers_; ++l) {
+    known.push_back({norms_[layers_ + l].bn, bottleneck_, l * bottleneck_});
+  }
+  cuda::fold_norms(known, scale, scale + layers_ * bottleneck_, launch_.stream());
 }
 
 // z = relu(norm1(x)) conv1, and its moments where they are asked for.
-void Block::bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* moments) {
+void Block::bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* moments,
+                       const MomentsLeft& x_left, MomentsLeft* z_left) {
   const int64_t channels = channels_before(layer);
   if (on_tensor_cores()) {
     KernelArgs args = kernel_args(features_, rows_, channels);
@@ -102,9 +103,9 @@ void Block::bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* m
     }
     return launch_(cuda::bn_relu_conv1x1, args, norms_[layer].bn,
                    packed_weight(WeightLayout::kForward, false, layer), bottleneck_, norm2,
-                   z.view(), moments);
+                   z.view(), moments, x_left, z_left);
   }
-  const Tensor weight = conv1(layer);
+  const Tensor& weight = conv1(layer);
   const Tensor transposed = transpose(weight);
   for (const RowChunk& chunk : row_chunks(channels, rows_)) {
     const TensorMatrix a1 = scratch(&a1_, chunk_elements(), channels);
@@ -121,20 +122,28 @@ void Block::bottleneck(int64_t layer, const TensorMatrix& z, const Statistics* m
   if (moments != nullptr) take_statistics(z, bottleneck_, moments->mean, moments->var, nullptr);
 }
 
-void Block::forward_layer(int64_t layer) {
+void Block::forward_layer(int64_t layer, MomentsLeft* left) {
   const Norm& norm2 = norms_[layers_ + layer];
   const TensorMatrix z = this->z(layer);
   const int64_t z_begin = channels_ + layer * bottleneck_;
   const Statistics moments{mean_ + z_begin, var_ + z_begin, nullptr};
-  bottleneck(layer, z, norm2.batch_statistics ? &moments : nullptr);
+  MomentsLeft z_left{};
+  const bool leaves_z = path_.conv2_on_tensor_cores && norm2.batch_statistics;
+  bottleneck(layer, z, norm2.batch_statistics ? &moments : nullptr, *left,
+             leaves_z ? &z_left : nullptr);
+  *left = {};
   const int64_t begin = channels_before(layer);
   const View to = features_.at(0, begin).view();
   if (path_.conv2_on_tensor_cores) {
     const Statistics of_new{mean_ + begin, var_ + begin, nullptr};
     const Statistics* const asked = uses_batch_statistics_ ? &of_new : nullptr;
     KernelArgs args = kernel_args(z, rows_, bottleneck_);
-    return launch_(cuda::bn_relu_conv3x3, args, norm2.bn, folded_.has_value(), image(),
-                   packed_weight(WeightLayout::kForward, true, layer), growth_, to, asked);
+    const bool leaves = layer + 1 < layers_ && norms_[layer + 1].batch_statistics;
+    launch_(cuda::bn_relu_conv3x3, args, norm2.bn, folded_.has_value(), image(),
+            packed_weight(WeightLayout::kForward, true, layer), growth_, to, asked, z_left,
+            leaves ? left : nullptr);
+    left->begin = begin;
+    return;
   }
   const TensorMatrix a2 = scratch(&a2_, rows_ * bottleneck_, bottleneck_);
   normalise(norm2, z, rows_, a2);
@@ -161,12 +170,14 @@ void Block::forward(bool inference, const std::optional<Tensor>& y) {
   write_input();
   if (inference && path_.conv2_on_tensor_cores && !uses_batch_statistics_) fold_norm2();
   if (on_tensor_cores()) {
+    if (!uses_batch_statistics_) make_norm_numbers();
     std::vector<WeightsToPack> weights{conv1_weights(WeightLayout::kForward)};
     if (path_.conv2_on_tensor_cores) weights.push_back(conv2_weights(WeightLayout::kForward));
     pack_weights(weights, 0);
   }
   if (uses_batch_statistics_) take_statistics(features_, channels_in_, mean_, var_, nullptr);
-  for (int64_t l = 0; l < layers_; ++l) forward_layer(l);
+  MomentsLeft left{};
+  for (int64_t l = 0; l < layers_; ++l) forward_layer(l, &left);
   if (y_matrix) forward_reader(*y_matrix);
 }
 

@@ -40,7 +40,7 @@ std::string why_not_conv2(const BlockShape& shape) {
 // gathered gradient only where its rows are not padded.
 bool conv2_grad_input_is_faster(const BlockShape& shape) {
   const int64_t rows = shape.sizes[0] * shape.sizes[2] * shape.sizes[3];
-  const bool is_slow = shape.growth > 32 || (shape.growth > 16 && rows > 16384);
+  const bool is_slow = shape.growth > 32 || (shape.growth > 16 && rows > 262144);
   return !is_slow || cuda::conv3x3_grad_pitch(shape.element, shape.growth) != shape.growth;
 }
 

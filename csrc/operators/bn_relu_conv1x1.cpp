@@ -41,7 +41,9 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
   const void* const data = packed.data_ptr();
   const Statistics* const needed = moments ? &statistics : nullptr;
   const FoldedNorm no_norm2{};
-  call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_norm2, z_view, needed);
+  MomentsLeft* const leaves_nothing = nullptr;
+  call.run(cuda::bn_relu_conv1x1, data, call.outputs(), no_norm2, z_view, needed, MomentsLeft{},
+           leaves_nothing);
 }
 
 // From the gradient of relu(norm2(z)); coefficients [5, N] as in Gradients::coefficients.

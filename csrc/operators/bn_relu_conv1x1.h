@@ -19,13 +19,6 @@ namespace efficient_densenet {
 
 constexpr int64_t kMaxConv1x1Outputs = 256;  // what a warp's registers hold of a row of z
 
-// L norms of N channels each, one after the other; bn.eps is not used.
-struct Norms {
-  BatchNorm bn;
-  const std::vector<double>& eps;  // [L]
-  int64_t channels;                // N
-};
-
 namespace cuda {
 
 // Empty, or why the kernels cannot run on a device.
@@ -38,10 +31,7 @@ void limit_shared_memory(int64_t bytes);
 // a norm2, relu(norm2(z)) is stored, as an operand.
 void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* weight,
                      int64_t outputs, const FoldedNorm& norm2, const View& z,
-                     const Statistics* moments);
-
-// The scale and bias of FoldedNorm for all layers, [L, N].
-void fold_norms(const Norms& norms, float* scale, float* bias, void* stream);
+                     const Statistics* moments, const MomentsLeft& x_left, MomentsLeft* z_left);
 
 // `weight` is packed, kGradInput. Of the reader, which is not the first one, grad_y is not used: it
 // is what `grad` makes, whose rows are all of M; its sums are `left`.

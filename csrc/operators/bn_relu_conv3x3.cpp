@@ -50,7 +50,9 @@ void bn_relu_conv3x3(const Tensor& z, const Tensor& mean, const Tensor& var,
   const Tensor packed = call.packed(WeightLayout::kForward);
   const void* const data = packed.data_ptr();
   const Statistics* const needed = moments ? &statistics : nullptr;
-  call.run(cuda::bn_relu_conv3x3, false, call.image(), data, call.outputs(), y_view, needed);
+  MomentsLeft* const leaves_nothing = nullptr;
+  call.run(cuda::bn_relu_conv3x3, false, call.image(), data, call.outputs(), y_view, needed,
+           MomentsLeft{}, leaves_nothing);
 }
 
 // grad_a: that of relu(bn(z)), 0 behind a closed ReLU. coefficients [5, B]: what makes the gradient

@@ -42,7 +42,7 @@ std::string why_no_conv3x3(int device_index, Element element, int64_t outputs, i
 // `is_normalised`, it holds relu(bn(z)) already, as operands.
 void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normalised,
                      const ImageSize& image, const void* weight, int64_t outputs, const View& y,
-                     const Statistics* moments);
+                     const Statistics* moments, const MomentsLeft& z_left, MomentsLeft* y_left);
 
 // Elements from row to row of grad_y below.
 int64_t conv3x3_grad_pitch(Element element, int64_t outputs);

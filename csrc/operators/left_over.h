@@ -19,7 +19,7 @@ namespace efficient_densenet {
 // Partial results of the gradient of a weight [outputs, channels, taps], one per part of the rows:
 // [parts, outputs, taps, channels], float.
 struct WeightParts {
-  const float* memory;  // null: nothing is left
+  float* memory;        // null: nothing is left
   int parts, elements;  // elements of the weight
   int channels, taps;
   WeightGradient sum;  // out
@@ -30,7 +30,7 @@ struct WeightParts {
 // NormGradArgs of a reader.
 template <typename Args>
 struct SumsLeft {
-  const double *dz, *dz_centred;  // null: nothing is left
+  double *dz, *dz_centred;  // null: nothing is left
   int64_t channels, rows;
   int blocks;
   BatchNorm bn;
@@ -38,6 +38,17 @@ struct SumsLeft {
 };
 using NormSumsLeft = SumsLeft<Gradients>;
 using ReaderSumsLeft = SumsLeft<NormGradArgs>;
+
+// In the forward pass: moments of a kernel's result, of which a number of blocks, or of teams of
+// them, have left a mean and the squares about it each, [blocks + teams, channels]. The kernel that
+// normalises the result adds them up, each block for itself: they are the channels of its input
+// from `begin` on. It also writes them.
+struct MomentsLeft {
+  double *first, *second;  // null: nothing is left
+  int64_t channels, begin, rows, rows_per_block;
+  int blocks, teams;
+  double *mean, *var;  // out
+};
 
 namespace cuda {
 

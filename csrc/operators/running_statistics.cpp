@@ -25,8 +25,7 @@ struct Lists {
 
 class Update {
  public:
-  Update(const char* op, const Lists& lists)
-      : op_(op), checks_(op, lists.mean.at(0).device()), lists_(lists) {
+  Update(const char* op, const Lists& lists) : op_(op), checks_(op, lists.mean.at(0).device()) {
     const size_t norms = lists.begins.size();
     checks_.check(lists.batches.size() == norms && lists.running_mean.size() == norms &&
                       lists.running_var.size() == norms &&
@@ -35,9 +34,9 @@ class Update {
                   "begins: expected lists with one entry per norm, as many as begins, ", norms);
     checks_.check(lists.var.size() == lists.mean.size() && lists.rows.size() == lists.mean.size(),
                   "mean: expected as many as of var and of rows, got ", lists.mean.size());
-    for (size_t i = 0; i < lists.mean.size(); ++i) check_batch(i);
+    for (size_t i = 0; i < lists.mean.size(); ++i) check_batch(lists, i);
     for (size_t i = 0; i < norms; ++i) {
-      const RunningStatistics norm = this->norm(i);
+      const RunningStatistics norm = this->norm(lists, i);
       const bool has_any = norm.running_mean.data != nullptr || norm.running_var.data != nullptr ||
                            norm.num_batches_tracked != nullptr;
       if (has_any) norms_.push_back(norm);
@@ -47,13 +46,13 @@ class Update {
   const std::vector<RunningStatistics>& norms() const { return norms_; }
 
  private:
-  void check_batch(size_t i) const {
-    const int64_t rows = lists_.rows[i];
+  void check_batch(const Lists& lists, size_t i) const {
+    const int64_t rows = lists.rows[i];
     checks_.check(rows == 0 || rows > 1,
                   "rows: expected 0 or more than one value per channel, got ", rows);
-    const int64_t count = lists_.mean[i].numel();
-    checks_.contiguous("mean", lists_.mean[i], ScalarType::Double, count);
-    checks_.contiguous("var", lists_.var[i], ScalarType::Double, count);
+    const int64_t count = lists.mean[i].numel();
+    checks_.contiguous("mean", lists.mean[i], ScalarType::Double, count);
+    checks_.contiguous("var", lists.var[i], ScalarType::Double, count);
   }
 
   RunningBuffer buffer(const char* name, const Tensor& tensor) const {
@@ -63,15 +62,15 @@ class Update {
     return {tensor.data_ptr(), tensor.stride(0), element_of(op_, name, tensor)};
   }
 
-  RunningStatistics norm(size_t i) const {
-    const int64_t batch = lists_.batches[i], batches = static_cast<int64_t>(lists_.mean.size());
+  RunningStatistics norm(const Lists& lists, size_t i) const {
+    const int64_t batch = lists.batches[i], batches = static_cast<int64_t>(lists.mean.size());
     checks_.check(batch >= 0 && batch < batches, "batches: expected numbers below ", batches,
                   ", got ", batch);
-    const Tensor &mean = lists_.running_mean[i], &var = lists_.running_var[i];
-    const Tensor& tracked = lists_.num_batches_tracked[i];
-    const int64_t count = lists_.mean[batch].numel(), rows = lists_.rows[batch];
+    const Tensor &mean = lists.running_mean[i], &var = lists.running_var[i];
+    const Tensor& tracked = lists.num_batches_tracked[i];
+    const int64_t count = lists.mean[batch].numel(), rows = lists.rows[batch];
     int64_t channels = std::max(mean.numel(), var.numel());
-    const int64_t begin = lists_.begins[i];
+    const int64_t begin = lists.begins[i];
     checks_.expect(mean.numel() == 0 || var.numel() == 0 || mean.numel() == var.numel(),
                    "running_var", var, "as many elements as running_mean has, ", mean.numel());
     checks_.check(begin >= 0 && begin <= count && channels <= count - begin,
@@ -81,15 +80,15 @@ class Update {
     const auto at = [&](const Tensor& statistics) {
       return static_cast<const double*>(statistics.data_ptr()) + begin;
     };
-    RunningStatistics norm{at(lists_.mean[batch]),
-                           at(lists_.var[batch]),
+    RunningStatistics norm{at(lists.mean[batch]),
+                           at(lists.var[batch]),
                            static_cast<double>(rows) / static_cast<double>(rows - 1),
                            buffer("running_mean", mean),
                            buffer("running_var", var),
                            nullptr,
                            channels,
-                           lists_.momentum[i],
-                           lists_.cumulative[i]};
+                           lists.momentum[i],
+                           lists.cumulative[i]};
     if (tracked.numel() > 0) {
       norm.num_batches_tracked = static_cast<int64_t*>(
           checks_.contiguous("num_batches_tracked", tracked, ScalarType::Long, 1));
@@ -99,7 +98,6 @@ class Update {
 
   const char* op_;
   ArgumentChecks checks_;
-  const Lists& lists_;
   std::vector<RunningStatistics> norms_;
 };
 

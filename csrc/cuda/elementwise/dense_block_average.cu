@@ -9,7 +9,7 @@
 // and channel, without a sum over threads: the head of DenseNet-121 has 64 x 1024 of them, 8
 // channels to a thread, which is 2 warps per multiprocessor.
 #include "cuda/elementwise/dense_block_average.cuh"
-#include "cuda/elementwise/launch.cuh"
+#include "cuda/elementwise/sums.cuh"
 
 namespace efficient_densenet::cuda {
 namespace {
@@ -24,18 +24,17 @@ struct Averages {
   }
 };
 
-// Of one image, from the sums of its chunks: an operation of last_block.cuh.
+// Of one image, from the sums of its chunks: a result of SumsOfBlocks.
 template <typename T>
-struct AverageOfChunks {
+struct AverageOfImage {
   Averages<T> averages;
   int64_t image;
 
-  __device__ Pair add(const Partials& partials, const Members& members, const Sharing& sharing,
-                      int64_t c) const {
-    const auto load = [&](int i) { return partials.load(members.base + i, c); };
-    return sharing.sum(members, load, [](int, const Pair& pair) { return pair; });
+  struct Nothing {};
+  __device__ Nothing prepare(int64_t) const { return {}; }
+  __device__ void write(const Sums<double>& sums, Nothing, int64_t c) const {
+    averages.write(image, c, sums.dz);
   }
-  __device__ void finish(const Pair& sum, int64_t c) const { averages.write(image, c, sum.first); }
 };
 
 // The sum over the threads of each channel, with threadIdx.y = 0.
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     add_in_last_block(partials, static_cast<int>(image * gridDim.x + blockIdx.x), blockIdx.y,
                       T_::first_of_block(matrix), T_::end_of_block(matrix),
-                      AverageOfChunks<T>{averages, image});
+                      SumsOfBlocks<AverageOfImage<T>>{{averages, image}});
   }
 }
 

@@ -42,6 +42,12 @@ struct Pair {
   }
 };
 
+// What is added up in one step: partial results first, first + step, ... < end of the blocks, or
+// of the teams, which lie behind those of `base` blocks.
+struct Members {
+  int first, step, end, base;
+};
+
 // Two numbers per channel and block: they are few, and sums in double then add no error of their
 // own. [blocks + teams, channels] each; those of the teams lie behind those of the blocks.
 struct Partials {
@@ -50,9 +56,9 @@ struct Partials {
   int blocks, teams;  // of a group
   uint32_t* tickets;  // [groups, group_tickets(teams)]
 
-  // Of groups of so many channels, one block of which adds up 8,192 pairs without teams.
-  static int teams_of(int64_t blocks, int64_t channels) {
-    if (blocks * channels <= 8192) return 1;
+  // Of groups of so many channels, where one block adds up `most` pairs without teams.
+  static int teams_of(int64_t blocks, int64_t channels, int64_t most = 8192) {
+    if (blocks * channels <= most) return 1;
     int teams = 1;
     while (teams * teams < blocks) ++teams;
     return teams;
@@ -64,16 +70,13 @@ struct Partials {
   __device__ Pair load(int block, int64_t channel) const {
     return {first[at(block, channel)], second[at(block, channel)]};
   }
+  __device__ Members last_step() const {
+    return teams > 1 ? Members{0, 1, teams, blocks} : Members{0, 1, blocks, 0};
+  }
   __device__ void store(int block, int64_t channel, const Pair& pair) const {
     first[at(block, channel)] = pair.first;
     second[at(block, channel)] = pair.second;
   }
-};
-
-// What is added up in one step: partial results first, first + step, ... < end of the blocks, or
-// of the teams, which lie behind those of `base` blocks.
-struct Members {
-  int first, step, end, base;
 };
 
 // Lanes of a warp that share a channel, and which of them the thread is.
@@ -152,9 +155,12 @@ __device__ void for_shared_channels(int64_t begin, int64_t end, const Body& body
 // blocks call this, after they have written theirs. `sums` is a type of operation:
 //   sums.add(partials, members, sharing, channel)     the Pair of a step
 //   sums.finish(pair, channel)                        what follows from all of them
+// With `leaves`, the last step is left to others: the numbers are those of the teams, or of the
+// blocks where there is one team alone.
 template <typename Operation>
 __device__ void add_in_last_block(const Partials& partials, int group, int block, int64_t begin,
-                                  int64_t end, const Operation& sums) {
+                                  int64_t end, const Operation& sums, bool leaves = false) {
+  if (leaves && partials.teams == 1) return;
   const int blocks = partials.blocks, teams = partials.teams;
   uint32_t* const tickets = partials.tickets + group * Partials::group_tickets(teams);
   if (teams > 1) {
@@ -165,11 +171,11 @@ __device__ void add_in_last_block(const Partials& partials, int group, int block
       const Pair pair = sums.add(partials, members, sharing, c);
       if (sharing.own == 0) partials.store(blocks + team, c, pair);
     });
-    if (!is_last_block(tickets + teams, teams)) return;
+    if (leaves || !is_last_block(tickets + teams, teams)) return;
   } else if (!is_last_block(tickets, blocks)) {
     return;
   }
-  const Members members = teams > 1 ? Members{0, 1, teams, blocks} : Members{0, 1, blocks, 0};
+  const Members members = partials.last_step();
   for_shared_channels(begin, end, [&](int64_t c, const Sharing& sharing) {
     const Pair pair = sums.add(partials, members, sharing, c);
     if (sharing.own == 0) sums.finish(pair, c);

@@ -124,12 +124,16 @@ inline RowChunking choose_row_chunks(const KernelArgs& args, const Access& acces
   return {fitting, static_cast<int>(ceil_div(args.rows.count, fitting))};
 }
 
-// Memory for the partial results of so many groups of blocks.
-inline Partials make_partials(const KernelArgs& args, int64_t channels, int blocks,
-                              int64_t groups) {
-  const int teams = Partials::teams_of(blocks, ceil_div(channels, groups));
+// Memory for the partial results of so many groups of blocks; kept where they are left to the
+// kernel behind.
+inline Partials make_partials(const KernelArgs& args, int64_t channels, int blocks, int64_t groups,
+                              bool leaves = false) {
+  // Each block of the kernel behind reads what is left, of all groups.
+  const int teams = leaves ? Partials::teams_of(blocks, channels, 2048)
+                           : Partials::teams_of(blocks, ceil_div(channels, groups));
   const int64_t numbers = (blocks + teams) * channels;
-  double* const first = args.workspace(2 * numbers);
+  double* const first = leaves ? static_cast<double*>(args.kept(2 * numbers * sizeof(double)))
+                               : args.workspace(2 * numbers);
   return {first,  first + numbers, channels,
           blocks, teams,           args.tickets(groups * Partials::group_tickets(teams))};
 }

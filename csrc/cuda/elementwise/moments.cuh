@@ -56,9 +56,12 @@ struct MomentsOfBlocks {
     return {about + delta, fma(-delta, sums.first, sums.second)};
   }
 
+  __device__ double variance(const Pair& moments) const {
+    return moments.second < 0 ? 0 : moments.second / rows;  // NaN stays
+  }
   __device__ void finish(const Pair& moments, int64_t c) const {
     mean[c] = moments.first;
-    var[c] = moments.second < 0 ? 0 : moments.second / rows;  // NaN stays
+    var[c] = variance(moments);
   }
 };
 

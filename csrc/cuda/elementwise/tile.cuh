@@ -201,16 +201,21 @@ struct NormCoefficients {
   Acc mean, mean_residual, inverse_std, scale, bias;
 
   __device__ static NormCoefficients load(const BatchNorm& bn, int64_t c) {
-    const double inverse_std = inverse_sqrt(bn.var[c] + bn.eps);
+    return of(bn, c, bn.mean[c], bn.var[c]);
+  }
+
+  // With statistics that are not in memory yet.
+  __device__ static NormCoefficients of(const BatchNorm& bn, int64_t c, double mean, double var) {
+    const double inverse_std = inverse_sqrt(var + bn.eps);
     const Acc weight = bn.weight == nullptr ? Acc(1) : static_cast<const Acc*>(bn.weight)[c];
     const Acc bias = bn.bias == nullptr ? Acc(0) : static_cast<const Acc*>(bn.bias)[c];
     const double scale = weight * inverse_std;
     NormCoefficients channel;
     channel.inverse_std = static_cast<Acc>(inverse_std);
     channel.scale = static_cast<Acc>(scale);
-    channel.mean = round_mean(bn.mean[c], channel.inverse_std);
+    channel.mean = round_mean(mean, channel.inverse_std);
     // Nothing can be taken off an infinite mean, and infinity minus infinity would be NaN.
-    const double mean_residual = isinf(channel.mean) ? 0 : bn.mean[c] - channel.mean;
+    const double mean_residual = isinf(channel.mean) ? 0 : mean - channel.mean;
     channel.mean_residual = static_cast<Acc>(mean_residual);
     channel.bias = static_cast<Acc>(bias - mean_residual * scale);
     return channel;

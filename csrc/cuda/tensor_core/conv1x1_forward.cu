@@ -30,10 +30,8 @@ namespace efficient_densenet::cuda {
 namespace {
 
 constexpr int kMaxWarps = 8;
-// Along the rows, at most: about two per multiprocessor of a large GPU; 16 teams of 16
-// (last_block.cuh).
-constexpr int64_t kBlocks = 256;
-constexpr int kStages = 4;  // of copies under way
+constexpr int64_t kBlocks = 264;  // along the rows, at most; two per multiprocessor of a large GPU
+constexpr int kStages = 4;        // of copies under way
 
 struct Sizes {
   int64_t rows, rows_per_block;
@@ -58,7 +56,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     bn_relu_conv1x1_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> x, BatchNorm bn,
                            const uint4* weight, FoldedNorm norm2, const __grid_constant__ Rows<T> z,
-                           const __grid_constant__ Partials partials, MomentsOfBlocks result) {
+                           const __grid_constant__ Partials partials, MomentsOfBlocks result,
+                           const __grid_constant__ MomentsLeft x_left, bool leaves) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kOutputs = kTiles * kTileColumns, kOwnRows = 2 * kRowTiles;
   extern __shared__ uint4 shared[];
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_next();
-  norm.load(bn, 0, channel_chunks * kChannelChunk<T>, sizes.channels);
+  load_norm(norm, bn, channel_chunks * kChannelChunk<T>, sizes.channels, x_left);
 
   float sums[kRowTiles][kTiles][4] = {};
   WarpMoments<kTiles> moments;
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
   __syncthreads();
   moments.write(reinterpret_cast<float*>(stages), first_output, sizes.outputs, partials);
   add_in_last_block(partials, blockIdx.y, blockIdx.x, first_output,
-                    min(first_output + kOutputs, sizes.outputs), result);
+                    min(first_output + kOutputs, sizes.outputs), result, leaves);
 #endif
 }
 
@@ -209,24 +208,6 @@ RowChunking choose_rows(int64_t rows, const Warps& warps) {
   const int64_t tile = warps.warps * warps.row_tiles * kTileRows;
   const int64_t rows_per_block = ceil_div(ceil_div(rows, tile), kBlocks) * tile;
   return {rows_per_block, static_cast<int>(ceil_div(rows, rows_per_block))};
-}
-
-// Norms of a launch: their eps are kernel parameters.
-constexpr int kFoldedNorms = 128;
-struct FoldedEps {
-  double values[kFoldedNorms];
-};
-
-__global__ void fold_norms_kernel(BatchNorm bn, const __grid_constant__ FoldedEps eps,
-                                  int64_t channels, int64_t begin, int64_t total, float* scale,
-                                  float* bias) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= total) return;
-  const int64_t c = begin + i;
-  const double inverse_std = 1 / sqrt(bn.var[c] + eps.values[i / channels]);
-  const double factor = static_cast<const float*>(bn.weight)[c] * inverse_std;
-  scale[c] = static_cast<float>(factor);
-  bias[c] = static_cast<float>(static_cast<const float*>(bn.bias)[c] - bn.mean[c] * factor);
 }
 
 std::atomic<int64_t> limit_of_tests{0};
@@ -294,32 +275,19 @@ std::string why_no_tensor_cores(int device_index, Element element, int64_t outpu
   return "";
 }
 
-void fold_norms(const Norms& norms, float* scale, float* bias, void* stream) {
-  const auto layers = static_cast<int64_t>(norms.eps.size());
-  for (int64_t first = 0; first < layers; first += kFoldedNorms) {
-    const auto count = static_cast<int>(std::min<int64_t>(layers - first, kFoldedNorms));
-    FoldedEps eps{};
-    std::copy_n(norms.eps.begin() + first, count, eps.values);
-    const int64_t begin = first * norms.channels, total = count * norms.channels;
-    fold_norms_kernel<<<ceil_div(total, kThreads), kThreads, 0,
-                        static_cast<cudaStream_t>(stream)>>>(norms.bn, eps, norms.channels, begin,
-                                                             total, scale, bias);
-    check(cudaGetLastError(), "fold_norms_kernel");
-  }
-}
-
 void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* weight,
                      int64_t outputs, const FoldedNorm& norm2, const View& z,
-                     const Statistics* moments) {
+                     const Statistics* moments, const MomentsLeft& x_left, MomentsLeft* z_left) {
   const OutputGroups groups(args.rows.count, outputs);
   const Warps warps = choose_warps(args.rows.count, groups.tiles, args.channels, args.element);
   const RowChunking chunking = choose_rows(args.rows.count, warps);
   const Sizes sizes{args.rows.count, chunking.rows_per_chunk, static_cast<int>(args.channels),
                     static_cast<int>(outputs)};
-  const Partials partials = moments == nullptr
-                                ? Partials{}
-                                : make_partials(args, outputs, chunking.chunks, groups.groups);
+  const Partials partials = moments == nullptr ? Partials{}
+                                               : make_partials(args, outputs, chunking.chunks,
+                                                               groups.groups, z_left != nullptr);
   const MomentsOfBlocks result = moments_of_blocks(args.rows.count, chunking, moments);
+  if (z_left != nullptr) *z_left = leave(partials, result);
   const auto launch = [&](auto element, auto row_tiles, auto tiles) {
     using T = decltype(element);
     constexpr int kRowTiles = decltype(row_tiles)::value, kTiles = decltype(tiles)::value;
@@ -327,9 +295,9 @@ void bn_relu_conv1x1(const KernelArgs& args, const BatchNorm& bn, const void* we
     allow_shared<kKernel>();
     const int64_t bytes = warps.shared_bytes(kTiles, args.channels, args.element);
     kKernel<<<dim3(chunking.chunks, groups.groups), warps.warps * kWarp, bytes,
-              static_cast<cudaStream_t>(args.stream)>>>(sizes, Rows<const T>(args.features[0].x),
-                                                        bn, static_cast<const uint4*>(weight),
-                                                        norm2, Rows<T>(z, 4), partials, result);
+              static_cast<cudaStream_t>(args.stream)>>>(
+        sizes, Rows<const T>(args.features[0].x), bn, static_cast<const uint4*>(weight), norm2,
+        Rows<T>(z, 4), partials, result, x_left, z_left != nullptr);
     check(cudaGetLastError(), "bn_relu_conv1x1_kernel");
   };
   dispatch_operand(args.element, [&](auto element) {

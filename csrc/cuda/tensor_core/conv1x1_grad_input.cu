@@ -32,11 +32,9 @@ namespace efficient_densenet::cuda {
 namespace {
 
 constexpr int kMaxWarps = 8;
-// Of the rows, of kMaxWarps: about as many as run at once; their sums then are of whole rounds
-// (left_over.cuh).
-constexpr int64_t kRowBlocks = 256;
-constexpr int64_t kBlocks = 528;  // about, where blocks share the columns
-constexpr int kColumns = 32;      // of a group
+constexpr int64_t kRowBlocks = 264;  // of kMaxWarps, along the rows: as many as run at once
+constexpr int64_t kBlocks = 528;     // about, where blocks share the columns
+constexpr int kColumns = 32;         // of a group
 constexpr int kGroupTiles = kColumns / kTileColumns, kPairs = kGroupTiles / 2;
 constexpr int kPairColumns = 2 * kTileColumns;
 
@@ -516,8 +514,7 @@ void bn_relu_conv1x1_grad_input(const KernelArgs& args, const BatchNorm& bn, con
       kKernel<<<dim3(cut.chunking.chunks, cut.splits), cut.warps * kWarp, cut.shared_bytes,
                 static_cast<cudaStream_t>(args.stream)>>>(
           sizes, Rows<const T>(args.features[0].x, 4), bn, static_cast<const uint4*>(weight),
-          GradZ<T>(grad), Rows<float>(norm_grad.grad_features, 4), const_cast<double*>(left->dz),
-          const_cast<double*>(left->dz_centred));
+          GradZ<T>(grad), Rows<float>(norm_grad.grad_features, 4), left->dz, left->dz_centred);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
     });
   });

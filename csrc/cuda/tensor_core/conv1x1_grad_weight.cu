@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
 #pragma unroll
   for (int i = 0; i < kPiece<T>; ++i) {
     const int c = first_channel + own_column + i;
-    channels[i] =
-        c < sizes.channels ? NormCoefficients<float>::load(bn, c) : NormCoefficients<float>{};
+    channels[i] = c < sizes.channels ? load_numbers(bn, c) : NormCoefficients<float>{};
   }
 
   // So are its pieces of grad_z, where the block has enough threads for whole rows of them.
@@ -306,8 +305,8 @@ void bn_relu_conv1x1_grad_weight(const KernelArgs& args, const BatchNorm& bn, in
       constexpr auto kKernel = bn_relu_conv1x1_grad_weight_kernel<T, S::kOutputs>;
       allow_shared<kKernel>();
       kKernel<<<dim3(column_blocks, output_blocks, parts), kWarps * kWarp, S::kBytes, stream>>>(
-          sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_z),
-          const_cast<float*>(own.memory), *parts_left, sums_left);
+          sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_z), own.memory,
+          *parts_left, sums_left);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_weight_kernel");
       *parts_left = own;
     });

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     bn_relu_conv3x3_kernel(const __grid_constant__ Sizes sizes,
                            const __grid_constant__ Rows<const T> z, BatchNorm bn,
                            const uint4* weight, const __grid_constant__ Rows<T> y,
-                           const __grid_constant__ Partials partials, MomentsOfBlocks result) {
+                           const __grid_constant__ Partials partials, MomentsOfBlocks result,
+                           const __grid_constant__ MomentsLeft z_left, bool leaves) {
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
   constexpr int kWeights = kConv3x3Stage<kTiles>;
   extern __shared__ __align__(128) uint4 shared[];
@@ -99,7 +100,9 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     commit_copies();
   };
   for (int i = 0; i + 1 < sizes.stages; ++i) copy_next();
-  if constexpr (!kIsNormalised) norm.load(bn, 0, channel_chunks * kChannelChunk<T>, sizes.channels);
+  if constexpr (!kIsNormalised) {
+    load_norm(norm, bn, channel_chunks * kChannelChunk<T>, sizes.channels, z_left);
+  }
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
   float sums[kRowTiles][kTiles][4] = {};
@@ -140,7 +143,7 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   wait_for_copies<0>();
   __syncthreads();
   moments.write(reinterpret_cast<float*>(stages), 0, sizes.outputs, partials);
-  add_in_last_block(partials, 0, blockIdx.x, 0, sizes.outputs, result);
+  add_in_last_block(partials, 0, blockIdx.x, 0, sizes.outputs, result, leaves);
 #endif
 }
 
@@ -174,7 +177,7 @@ std::string why_no_conv3x3(int device_index, Element element, int64_t outputs, i
 
 void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normalised,
                      const ImageSize& image, const void* weight, int64_t outputs, const View& y,
-                     const Statistics* moments) {
+                     const Statistics* moments, const MomentsLeft& z_left, MomentsLeft* y_left) {
   const int64_t rows = args.rows.count;
   const auto layout = [&](const RowCut& cut) {
     return layout_for(args.element, cut, outputs, args.channels, image.width);
@@ -191,8 +194,10 @@ void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normal
   const Sizes sizes{ImageRows(args, image), rows_per_block, static_cast<int>(args.channels),
                     static_cast<int>(outputs), stages};
   const Partials partials =
-      moments == nullptr ? Partials{} : make_partials(args, outputs, chunking.chunks, 1);
+      moments == nullptr ? Partials{}
+                         : make_partials(args, outputs, chunking.chunks, 1, y_left != nullptr);
   const MomentsOfBlocks result = moments_of_blocks(rows, chunking, moments);
+  if (y_left != nullptr) *y_left = leave(partials, result);
   const auto launch = [&](auto element, auto row_tiles, auto tiles_tag, auto normalised_tag) {
     using T = decltype(element);
     constexpr auto kKernel =
@@ -200,9 +205,9 @@ void bn_relu_conv3x3(const KernelArgs& args, const BatchNorm& bn, bool is_normal
                                decltype(normalised_tag)::value>;
     allow_shared<kKernel>();
     kKernel<<<chunking.chunks, cut.warps * kWarp, layout(cut).bytes(stages),
-              static_cast<cudaStream_t>(args.stream)>>>(sizes, Rows<const T>(args.features[0].x),
-                                                        bn, static_cast<const uint4*>(weight),
-                                                        Rows<T>(y, 4), partials, result);
+              static_cast<cudaStream_t>(args.stream)>>>(
+        sizes, Rows<const T>(args.features[0].x), bn, static_cast<const uint4*>(weight),
+        Rows<T>(y, 4), partials, result, z_left, y_left != nullptr);
     check(cudaGetLastError(), "bn_relu_conv3x3_kernel");
   };
   dispatch_operand(args.element, [&](auto element) {

@@ -321,8 +321,8 @@ void bn_relu_conv3x3_grad_input(const KernelArgs& args, const BatchNorm& bn, con
               static_cast<cudaStream_t>(args.stream)>>>(
         sizes, Rows<const float>(gathered.grad_features, 4), Rows<const T>(gathered.y, 4),
         Gather{gathered.mean, gathered.correction}, Rows<const T>(args.features[0].x, 4), bn,
-        static_cast<const uint4*>(weight), Rows<T>(grad_y, 4), Rows<T>(grad_z, 4),
-        const_cast<double*>(left->dz), const_cast<double*>(left->dz_centred));
+        static_cast<const uint4*>(weight), Rows<T>(grad_y, 4), Rows<T>(grad_z, 4), left->dz,
+        left->dz_centred);
     check(cudaGetLastError(), "bn_relu_conv3x3_grad_input_kernel");
   };
   dispatch_operand(args.element, [&](auto element) {

@@ -27,9 +27,8 @@ namespace {
 
 constexpr int kLines = 3, kHalves = 2;  // of taps; warps per line
 constexpr int kBlockThreads = kLines * kHalves * kWarp;
-// About two per multiprocessor of a large GPU; its parts then are of whole rounds (left_over.cuh).
-constexpr int64_t kBlocks = 256;
-constexpr int kMostTiles = 6;  // of k, per block: accumulators are 3 taps times so many
+constexpr int64_t kBlocks = 264;  // about; two per multiprocessor of a large GPU
+constexpr int kMostTiles = 6;     // of k, per block: accumulators are 3 taps times so many
 
 struct Sizes {
   ImageRows images;
@@ -168,8 +167,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   NormCoefficients<float> channels[kPiece<T>];
 #pragma unroll
   for (int k = 0; k < kPiece<T>; ++k) {
-    channels[k] =
-        k < count_z ? NormCoefficients<float>::load(bn, channel + k) : NormCoefficients<float>{};
+    channels[k] = k < count_z ? load_numbers(bn, channel + k) : NormCoefficients<float>{};
   }
   // A thread's pieces of grad_y are of the same columns, too.
   static_assert(kBlockThreads % kRowPieces == 0);
@@ -324,8 +322,8 @@ void bn_relu_conv3x3_grad_weight(const KernelArgs& args, const BatchNorm& bn,
         constexpr auto kKernel = bn_relu_conv3x3_grad_weight_kernel<T, decltype(tag)::value>;
         allow_shared<kKernel>();
         kKernel<<<dim3(channel_chunks, parts, groups), kBlockThreads, bytes, stream>>>(
-            sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_y),
-            const_cast<float*>(own.memory), *parts_left, sums_left);
+            sizes, Rows<const T>(args.features[0].x), bn, Rows<const T>(grad_y), own.memory,
+            *parts_left, sums_left);
         check(cudaGetLastError(), "bn_relu_conv3x3_grad_weight_kernel");
       }
     });

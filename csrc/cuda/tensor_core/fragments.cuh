@@ -132,6 +132,16 @@ __device__ inline void load_transposed(uint32_t (&registers)[4], uint32_t addres
 
 #endif
 
+// The mean, scale and bias of a channel, from where they were made beforehand if they were.
+__device__ inline NormCoefficients<float> load_numbers(const BatchNorm& bn, int64_t c) {
+  if (bn.numbers == nullptr) return NormCoefficients<float>::load(bn, c);
+  NormCoefficients<float> channel{};
+  channel.mean = bn.numbers[c];
+  channel.scale = bn.numbers[bn.numbers_stride + c];
+  channel.bias = bn.numbers[2 * bn.numbers_stride + c];
+  return channel;
+}
+
 // The numbers of batch norm of neighbouring channels, in shared memory: one array per number.
 struct SharedNorm {
   float *mean, *scale, *bias;
@@ -141,23 +151,31 @@ struct SharedNorm {
 
   static constexpr int kNumbers = 3;
 
-  // Of the channels [first, first + count), 0 from `channels` on. The caller synchronises.
-  __device__ void load(const BatchNorm& bn, int64_t first, int count, int64_t channels) const {
+  __device__ void put(int at, const NormCoefficients<float>& channel) const {
+    mean[at] = channel.mean;
+    scale[at] = channel.scale;
+    bias[at] = channel.bias;
+  }
+
+  // Of the channels [first, first + count), 0 from `channels` on, but for those of [left,
+  // left_end). The caller synchronises.
+  __device__ void load(const BatchNorm& bn, int64_t first, int count, int64_t channels,
+                       int64_t left = 0, int64_t left_end = 0) const {
     constexpr int kAtOnce = 4;  // loads under way per thread
     for (int i = threadIdx.x; i < count; i += kAtOnce * blockDim.x) {
       NormCoefficients<float> loaded[kAtOnce] = {};
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         const int64_t c = first + i + k * static_cast<int64_t>(blockDim.x);
-        if (c < channels) loaded[k] = NormCoefficients<float>::load(bn, c);
+        if (c < channels && (c < left || c >= left_end)) {
+          loaded[k] = load_numbers(bn, c);
+        }
       }
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         const int at = i + k * blockDim.x;
         if (at >= count) break;
-        mean[at] = loaded[k].mean;
-        scale[at] = loaded[k].scale;
-        bias[at] = loaded[k].bias;
+        if (first + at < left || first + at >= left_end) put(at, loaded[k]);
       }
     }
   }

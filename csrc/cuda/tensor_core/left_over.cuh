@@ -120,7 +120,7 @@ __device__ void add_left(const SumsLeft<Args>& left, int block, int blocks) {
 template <typename Args>
 SumsLeft<Args> make_sums_left(const KernelArgs& args, const BatchNorm& bn, int blocks,
                               const Args& result) {
-  const double* const dz = args.workspace(2 * blocks * args.channels);
+  double* const dz = args.workspace(2 * blocks * args.channels);
   return {dz, dz + blocks * args.channels, args.channels, args.rows.count, blocks, bn, result};
 }
 
@@ -130,8 +130,12 @@ inline WeightParts make_weight_parts(const KernelArgs& args, int64_t outputs, in
   const int64_t elements = outputs * taps * args.channels;
   EFFICIENT_DENSENET_CHECK(elements < (int64_t(1) << 30), "efficient_densenet",
                            "tensor-core kernels: a weight of ", elements, " elements");
-  return {args.weight_parts(parts * elements), parts, static_cast<int>(elements),
-          static_cast<int>(args.channels),     taps,  sum};
+  return {static_cast<float*>(args.kept(parts * elements * int64_t(sizeof(float)))),
+          parts,
+          static_cast<int>(elements),
+          static_cast<int>(args.channels),
+          taps,
+          sum};
 }
 
 }  // namespace efficient_densenet::cuda

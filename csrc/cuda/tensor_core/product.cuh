@@ -9,6 +9,7 @@
 #include "cuda/elementwise/moments.cuh"
 #include "cuda/tensor_core/copies.cuh"
 #include "cuda/tensor_core/limits.cuh"
+#include "operators/left_over.h"
 
 namespace efficient_densenet::cuda {
 
@@ -56,6 +57,36 @@ struct TileMoments {
     merge_lanes<kHalf<kHalf<kColumns>>>(4);
   }
 };
+
+// Moments of channels of the kernel's input that the kernel before has left.
+inline __device__ Partials partials_of(const MomentsLeft& left) {
+  return {left.first, left.second, left.channels, left.blocks, left.teams, nullptr};
+}
+
+// What a kernel leaves, of all channels of its result; the caller tells where its reader has them.
+inline MomentsLeft leave(const Partials& partials, const MomentsOfBlocks& result) {
+  return {partials.first,        partials.second, partials.channels, 0,           result.rows,
+          result.rows_per_block, partials.blocks, partials.teams,    result.mean, result.var};
+}
+
+// The norm's numbers of all channels of the kernel's input, [0, count), 0 from `channels` on; those
+// whose moments are left of what these add up to. The caller synchronises.
+inline __device__ void load_norm(const SharedNorm& norm, const BatchNorm& bn, int count,
+                                 int64_t channels, const MomentsLeft& left) {
+  norm.load(bn, 0, count, channels, left.begin, left.begin + left.channels);
+  if (left.first == nullptr) return;
+  const Partials partials = partials_of(left);
+  const MomentsOfBlocks sums{left.rows, left.rows_per_block, left.mean, left.var};
+  const bool writes = blockIdx.x == 0 && blockIdx.y == 0;
+  for_shared_channels(0, left.channels, [&](int64_t c, const Sharing& sharing) {
+    const Pair moments = sums.add(partials, partials.last_step(), sharing, c);
+    if (sharing.own != 0) return;
+    const int64_t to = left.begin + c;
+    norm.put(static_cast<int>(to),
+             NormCoefficients<float>::of(bn, to, moments.first, sums.variance(moments)));
+    if (writes) sums.finish(moments, c);
+  });
+}
 
 // The moments of what a warp has stored, over its tiles of rows.
 template <int kTiles>
