@@ -22,8 +22,8 @@ or one of these with another name behind it, which says how the model is called:
                       activation_memory_budget of 0.2
     -cudagraphs       by torch.compile(backend="cudagraphs")
     -max-autotune     by torch.compile(mode="max-autotune")
-    -graphed          after torch.cuda.make_graphed_callables: forward and backward are launched as
-                      one CUDA graph each, the rest from Python
+    -graphed          by efficient_densenet.graphed: forward and backward are launched as one CUDA
+                      graph each, the rest from Python
 
 on the same weights and images. For 32x32 images, the stem of torchvision and timm is replaced by
 the one of plain. A row is timed only if the logits of its first step are those of plain to the
@@ -230,16 +230,9 @@ def train_step(job: Job, row: str) -> TrainStep:
     if way == GRAPHED:
         if job.device == "cpu":
             raise NotTimed("graphs of forward and backward: on a GPU only")
-        make_graphs(model, images, precision.autocast)
+        model = efficient_densenet.graphed(model)
     target = torch.randint(NETWORKS[job.config].num_classes, (job.batch,)).to(job.device)
     return TrainStep(model, images, target, precision.autocast)
-
-
-def make_graphs(model: nn.Module, images: torch.Tensor, autocast: torch.dtype | None) -> None:
-    """One of forward and one of backward, which hold the casts of autocast."""
-    cast = torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False)
-    with cast:  # casts that a cache keeps would be made once, outside of the graph
-        torch.cuda.make_graphed_callables(model, (images,))
 
 
 def measurements(job: Job) -> dict:

@@ -21,6 +21,7 @@ from .factories import (
     densenet_bc_190_40,
     densenet_bc_250_24,
 )
+from .graphs import graphed
 from .storage import SharedStorage
 from .weights import load_weights
 
@@ -45,6 +46,7 @@ __all__ = [
     "densenet_bc_190_40",
     "densenet_bc_250_24",
     "explain",
+    "graphed",
     "load_weights",
     "recompute_in_backward",
     "revert",

@@ -44,7 +44,7 @@ class _NamesOf(dict[type, tuple[str, ...]]):
 
     def __missing__(self, kind: type) -> tuple[str, ...]:
         known = (self[base] for base in kind.__mro__[1:] if base in self)
-        self[kind] = next(known, ("training",))
+        self[kind] = next(known, ("training", "drop_rate"))  # of dense layers
         return self[kind]
 
 
@@ -53,8 +53,17 @@ _names_of = _NamesOf(
         **dict.fromkeys(NORMS, _NORM_NAMES),
         **dict.fromkeys(CONVOLUTIONS.values(), _CONVOLUTION_NAMES),
         **dict.fromkeys(AVERAGE_POOLS.values(), _POOL_NAMES),
+        nn.modules.dropout._DropoutNd: ("training", "p"),
     }
 )
+
+
+def facts_of_modules(roots: Sequence[nn.Module]) -> list[object]:
+    """Types, hooks, modes and numbers of all modules below, in one call of C++."""
+    facts: list[object] = _C.module_facts(roots, _names_of, HOOKS)
+    return facts
+
+
 _tensor_facts = operator.attrgetter("shape", "dtype", "device")
 _needs_grad = operator.attrgetter("requires_grad")
 
@@ -78,7 +87,7 @@ def gather_facts(
         (x.dtype, x.device, x.dim(), x.shape[1:2], min(x.shape[2:], default=0) < 2, extra),
         computed_dtype(x), in_autocast(x), any_global_hook(),
         [kind.forward for kind in LEAVES],
-        _C.module_facts(roots, _names_of, HOOKS), sync,
+        facts_of_modules(roots), sync,
         [parts[7:9] + parts[10:] for parts in layers],
         absent, list(map(_tensor_facts, present)), list(map(type, present)),
         list(map(Tensor.stride, running)),
