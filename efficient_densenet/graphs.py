@@ -9,6 +9,7 @@ before, gradients that the next step does not overwrite, and a model that was ch
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .lowering import any_global_hook, has_hooks, synchronises
@@ -101,11 +103,11 @@ class GraphedModel(nn.Module):
         return found
 
     def _capture(self, arguments: Sequence[Tensor], tensors: list[Tensor]) -> _Graph | _NotCaptured:
+        _check_model(self.module, tensors, arguments[0].device)
         if len(self._kept.graphs) >= self._max_graphs:
             raise _NotCaptured(f"max_graphs={self._max_graphs} are there")
-        _check_model(self.module, tensors, arguments[0].device)
         try:
-            with torch.cuda.device(arguments[0].device), _as_it_was(self.module, tensors):
+            with torch.cuda.device(arguments[0].device), _as_it_was(tensors):
                 return _Graph(self.module, arguments, tensors)
         except _NotCaptured as reason:
             return reason
@@ -182,9 +184,12 @@ def _check_model(model: nn.Module, tensors: list[Tensor], device: torch.device) 
 def _tensors_of(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers; without the names and sets of ``model.parameters()``."""
     found: list[Tensor | None] = []
-    for module in model.modules():
-        found += module._parameters.values()
-        found += module._buffers.values()
+    modules: list[nn.Module | None] = [model]
+    for module in modules:  # which grows
+        if module is not None:
+            found += module._parameters.values()
+            found += module._buffers.values()
+            modules += module._modules.values()
     return [tensor for tensor in found if tensor is not None]
 
 
@@ -201,7 +206,7 @@ def _facts(model: nn.Module, arguments: Sequence[Tensor], tensors: list[Tensor])
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+def _as_it_was(tensors: list[Tensor]) -> Iterator[None]:
     """Buffers and random numbers, which the warm-up moves."""
     buffers = list(dict.fromkeys(t for t in tensors if not isinstance(t, nn.Parameter)))
     saved, random = [buffer.clone() for buffer in buffers], torch.cuda.get_rng_state()
@@ -226,17 +231,21 @@ class _Graph:
         self, model: nn.Module, arguments: Sequence[Tensor], tensors: list[Tensor]
     ) -> None:
         self.tensors = tensors  # alive, so that nobody else gets their addresses
-        self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in arguments]
-        wanted = [*self.inputs, *dict.fromkeys(t for t in tensors if isinstance(t, nn.Parameter))]
-        self.parameters = [t for t in wanted[len(self.inputs) :] if t.requires_grad]
-        self._wanted = [t for t in wanted if t.requires_grad]
+        self.inputs = [_leaf(x.detach().clone(), x) for x in arguments]
+        named = dict(model.named_parameters())
+        self.parameters = [p for p in named.values() if p.requires_grad]
+        # Somebody may still hold what autograd has recorded of the parameters themselves, on
+        # another stream; a capture cannot be part of that.
+        leaves = {name: _leaf(p.detach(), p) for name, p in named.items()}
+        self._wanted = [t for t in [*self.inputs, *leaves.values()] if t.requires_grad]
+        call = functools.partial(functional_call, model, leaves, tuple(self.inputs))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.calls = 0
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with _autocast_without_cache(), torch.cuda.stream(stream), _no_synchronisation():
             for _ in range(_WARM_UP_STEPS):
-                self._differentiate(_outputs_of(model(*self.inputs))[0])
+                self._differentiate(_outputs_of(call())[0])
         torch.cuda.synchronize()
         settings: dict[str, Any] = {
             "pool": torch.cuda.graph_pool_handle(),
@@ -244,7 +253,7 @@ class _Graph:
             "capture_error_mode": "thread_local",  # threads of data loaders may go on
         }
         with _autocast_without_cache(), torch.cuda.graph(self._forward, **settings):
-            result = model(*self.inputs)
+            result = call()
         outputs, self._structure = _outputs_of(result)
         self.is_differentiable = [y.requires_grad for y in outputs]
         self.gradients: list[Tensor | None] = []
@@ -292,6 +301,10 @@ class _Graph:
         return [next(fresh) if tensor.requires_grad else None for tensor in surface]
 
 
+def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.requires_grad_(like.requires_grad)
+
+
 def _outputs_of(result: Any) -> tuple[list[Tensor], TreeSpec]:
     outputs, structure = tree_flatten(result)
     if not outputs or any(type(y) is not Tensor for y in outputs):
@@ -307,13 +320,14 @@ def _no_synchronisation() -> Iterator[None]:
         _NotCaptured: something waited for the GPU.
     """
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        caught.clear()  # that this is a prototype
+        try:
             yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
     for warning in caught:
         if "synchronizing CUDA operation" in str(warning.message):
             raise _NotCaptured("the model cannot be captured: it waits for the GPU")
