@@ -91,6 +91,8 @@ class GraphedModel(nn.Module):
 
     def _graph_for(self, arguments: Sequence[Any], keywords: dict[str, Any]) -> _Graph:
         _check_arguments(arguments, keywords)
+        if getattr(self, "_is_replica", False):  # which shares what is kept with the others
+            raise _NotCaptured("the model is a replica of DataParallel")
         tensors = _tensors_of(self.module)
         self._kept.drop_unless((list(map(id, tensors)), list(map(Tensor.data_ptr, tensors))))
         facts = _facts(self.module, arguments, tensors)
@@ -98,11 +100,12 @@ class GraphedModel(nn.Module):
         if found is None:
             found = self._capture(arguments, tensors)
             self._kept.graphs.append((facts, found))
-        if isinstance(found, _NotCaptured):
-            raise found
+        if isinstance(found, str):
+            raise _NotCaptured(found)
         return found
 
-    def _capture(self, arguments: Sequence[Tensor], tensors: list[Tensor]) -> _Graph | _NotCaptured:
+    def _capture(self, arguments: Sequence[Tensor], tensors: list[Tensor]) -> _Graph | str:
+        """Or why there is none, which holds for all calls with the same facts."""
         _check_model(self.module, tensors, arguments[0].device)
         if len(self._kept.graphs) >= self._max_graphs:
             raise _NotCaptured(f"max_graphs={self._max_graphs} are there")
@@ -110,21 +113,21 @@ class GraphedModel(nn.Module):
             with torch.cuda.device(arguments[0].device), _as_it_was(tensors):
                 return _Graph(self.module, arguments, tensors)
         except _NotCaptured as reason:
-            return reason
+            return str(reason)
         except Exception as error:  # whatever the model does that cannot be captured
             text = " ".join(str(error.__context__ or error).split()).partition(". ")[0]
-            return _NotCaptured(f"the model cannot be captured: {type(error).__name__}: {text}")
+            return f"the model cannot be captured: {type(error).__name__}: {text}"
 
 
 class _Kept:
     """Graphs, or why there are none, with the facts that they follow from. Copies are empty."""
 
     def __init__(self) -> None:
-        self.graphs: list[tuple[object, _Graph | _NotCaptured]] = []
+        self.graphs: list[tuple[object, _Graph | str]] = []
         self._tensors: object = None
         self._logged: set[str] = set()
 
-    def find(self, facts: object) -> _Graph | _NotCaptured | None:
+    def find(self, facts: object) -> _Graph | str | None:
         return next((found for known, found in self.graphs if known == facts), None)
 
     def drop_unless(self, tensors: object) -> None:
@@ -161,11 +164,11 @@ def _check_arguments(arguments: Sequence[Any], keywords: dict[str, Any]) -> None
     if keywords or not arguments:
         raise _NotCaptured("arguments: expected tensors by position")
     for argument in arguments:
-        if type(argument) not in (Tensor, nn.Parameter) or not argument.is_cuda:
-            kind = f"a tensor on {argument.device}" if isinstance(argument, Tensor) else "another"
-            raise _NotCaptured(
-                f"arguments: expected CUDA tensors, got {type(argument).__name__}, {kind}"
-            )
+        if type(argument) not in (Tensor, nn.Parameter):
+            kind = type(argument).__name__
+            raise _NotCaptured(f"arguments: expected CUDA tensors, got {kind}")
+        if not argument.is_cuda:
+            raise _NotCaptured(f"arguments: expected CUDA tensors, got one on {argument.device}")
 
 
 def _check_model(model: nn.Module, tensors: list[Tensor], device: torch.device) -> None:
@@ -177,8 +180,8 @@ def _check_model(model: nn.Module, tensors: list[Tensor], device: torch.device) 
         raise _NotCaptured("DistributedDataParallel goes around the graphed model, not inside")
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         raise _NotCaptured("parameters or buffers are subclasses of Tensor")
-    if getattr(model, "_is_replica", False) or any(t.device != device for t in tensors):
-        raise _NotCaptured("the model is a replica, or not on the device of its first argument")
+    if any(tensor.device != device for tensor in tensors):
+        raise _NotCaptured("the model is not on the device of its first argument")
 
 
 def _tensors_of(model: nn.Module) -> list[Tensor]:

@@ -14,12 +14,12 @@ from torch._dynamo.utils import counters
 
 from efficient_densenet import DenseNet, convert
 from reference import requires_cuda
-from test_convert import MODELS, library
+from test_convert import MODELS
 
 pytestmark = requires_cuda
 
 WAYS = {"reduce-overhead": {"mode": "reduce-overhead"}, "cudagraphs": {"backend": "cudagraphs"}}
-NAMES = ["ours", "torchvision", "timm"]
+NAMES = ["ours", "torchvision", "timm", "MONAI 2-d", "torchxrayvision"]
 
 
 def build(name, memory_format):
@@ -28,7 +28,6 @@ def build(name, memory_format):
         model = DenseNet(8, (2, 2), num_init_features=16, num_classes=5, small_inputs=False,
                          efficient=True)  # fmt: skip
     else:
-        library({"torchvision": "torchvision.models", "timm": "timm"}[name])
         model = convert(MODELS[name](), strict=True)
     return model.cuda().to(memory_format=memory_format)
 
