@@ -78,9 +78,10 @@ from rows import (
     NotTimed,
     graph_times,
     measure_each,
+    median_and_least,
     model_and_images,
-    summary,
     times_ms,
+    why_no_graph,
 )
 from train_step import MODELS
 
@@ -204,8 +205,7 @@ def launched_measurements(job: Job, rank: int) -> dict:
     host_times = slowest_ms(step, job.steps, waits=False)
     is_single = model_and_way(job.row)[1] == SINGLE
     return {
-        "step_ms": statistics.median(times),
-        "step_ms_min": min(times),
+        **median_and_least("step_ms", times),
         "host_ms": statistics.median(host_times),
         "activation_bytes": activation_bytes,
         **(graph_times(step, job.steps) if is_single and on_gpu else {}),
@@ -228,12 +228,10 @@ def graph_measurements(job: Job, rank: int) -> dict:
         with torch.cuda.graph(graph, stream=stream):
             logits = step()
     except Exception as error:  # what torch raises here is not ours to choose
-        # Ending a broken capture raises again; what broke it is the context of that.
-        raise NotTimed(f"no graph: {summary(error.__context__ or error)}") from error
+        raise NotTimed(why_no_graph(error)) from error
     graph.replay()
     check(step, logits)
-    times = slowest_ms(graph.replay, job.steps)
-    return {"graph_ms": statistics.median(times), "graph_ms_min": min(times)}
+    return median_and_least("graph_ms", slowest_ms(graph.replay, job.steps))
 
 
 def measurements(job: Job, rank: int, processes: int, rendezvous: str) -> dict:

@@ -70,6 +70,7 @@ from rows import (
     graph_times,
     is_launched_one_by_one,
     measure_each,
+    median_and_least,
     model_and_images,
     model_and_way,
     parse_job_options,
@@ -134,11 +135,9 @@ def measurements(job: Job) -> dict:
     step = warm.step
     launched_one_by_one = is_launched_one_by_one(job)
     activation_bytes = peak_activation_bytes(step) if launched_one_by_one else None
-    times = times_ms(step, job.steps)
     return {
         "logits_error": warm.logits_error,
-        "ms": statistics.median(times),
-        "ms_min": min(times),
+        **median_and_least("ms", times_ms(step, job.steps)),
         "host_ms": statistics.median(times_ms(step, job.steps, waits=False)),
         "activation_bytes": activation_bytes,
         "warmup_s": warm.warmup_s,

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -285,16 +285,25 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def graph_times(step: Callable[[], object], count: int) -> dict[str, float | str]:
+def graph_times(step: Callable[[], object], count: int) -> Mapping[str, float | str]:
     """Fields of a row: the times of a replay, or why there are none."""
     try:
         graph = capture(step)
         graph.replay()
         times = times_ms(graph.replay, count)
     except Exception as error:  # what a peer or torch raises here is not ours to choose
-        # Ending a broken capture raises again; what broke it is the context of that.
-        return {"note": f"no graph: {summary(error.__context__ or error)}"}
-    return {"graph_ms": statistics.median(times), "graph_ms_min": min(times)}
+        return {"note": why_no_graph(error)}
+    return median_and_least("graph_ms", times)
+
+
+def why_no_graph(error: BaseException) -> str:
+    """Ending a broken capture raises again; what broke it is the context of that."""
+    return f"no graph: {summary(error.__context__ or error)}"
+
+
+def median_and_least(field: str, times: list[float]) -> dict[str, float]:
+    """The fields of a row that times are told by."""
+    return {field: statistics.median(times), f"{field}_min": min(times)}
 
 
 # -------------------------------------------------------------------- command line and results

@@ -94,6 +94,7 @@ from rows import (
     is_launched_one_by_one,
     launched,
     measure_each,
+    median_and_least,
     model_and_images,
     model_and_way,
     parse_job_options,
@@ -241,11 +242,9 @@ def measurements(job: Job) -> dict:
     step, on_gpu = warm.step, job.device == "cuda"
     launched_one_by_one = is_launched_one_by_one(job)
     activation_bytes = peak_activation_bytes(step) if launched_one_by_one else None
-    times = times_ms(step, job.steps)
     return {
         "logits_error": warm.logits_error,
-        "step_ms": statistics.median(times),
-        "step_ms_min": min(times),
+        **median_and_least("step_ms", times_ms(step, job.steps)),
         "host_ms": statistics.median(times_ms(step, job.steps, waits=False)),
         "launches": launches(launched(step, PROFILED_STEPS)) if on_gpu else None,
         "activation_bytes": activation_bytes,

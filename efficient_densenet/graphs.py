@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .arguments import check_module, check_positive
 from .lowering import any_global_hook, has_hooks, synchronises
 from .remembered import facts_of_modules
 
@@ -58,12 +59,8 @@ def graphed(model: nn.Module, max_graphs: int = 8) -> GraphedModel:
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    if isinstance(max_graphs, bool) or not isinstance(max_graphs, int):
-        raise TypeError(f"max_graphs: expected int, got {type(max_graphs).__name__}")
-    if max_graphs < 1:
-        raise ValueError(f"max_graphs: expected at least 1, got {max_graphs}")
+    check_module("model", model)
+    check_positive(max_graphs=max_graphs)
     return GraphedModel(model, max_graphs)
 
 

@@ -57,15 +57,14 @@ _names_of = _NamesOf(
     }
 )
 
-
-def facts_of_modules(roots: Sequence[nn.Module]) -> list[object]:
-    """Types, hooks, modes and numbers of all modules below, in one call of C++."""
-    facts: list[object] = _C.module_facts(roots, _names_of, HOOKS)
-    return facts
-
-
 _tensor_facts = operator.attrgetter("shape", "dtype", "device")
 _needs_grad = operator.attrgetter("requires_grad")
+
+
+def facts_of_modules(roots: Sequence[nn.Module]) -> tuple[object, ...]:
+    """Types, hooks, modes and numbers of all modules below, in one call of C++."""
+    facts: tuple[object, ...] = _C.module_facts(roots, _names_of, HOOKS)
+    return facts
 
 
 def gather_facts(
