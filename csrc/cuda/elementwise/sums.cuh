@@ -180,8 +180,8 @@ struct NormGradCoefficients : NormCoefficients<Acc> {
 
   // `corrects` is that of load. Without it x is not touched: 0 times an infinite x is NaN.
   __device__ Acc grad_x(Acc x, Acc dz, bool corrects) const {
-    const Acc own = fma(this->scale, dz, -offset);
-    return corrects ? fma(this->mean - x, slope, own) : own;
+    const Acc centred = corrects ? this->mean - x : Acc(0);
+    return fma(centred, slope, fma(this->scale, dz, -offset));
   }
 };
 

@@ -12,9 +12,9 @@
 // block takes one stretch of rows, tile after tile.
 // Moments: of a tile's rows in registers, merged over the lanes, tiles and warps by the formula of
 // Chan, Golub and LeVeque (moments.cuh), so no sum of squares cancels; then one partial result per
-// column and block, merged in double by the last block (last_block.cuh). The order depends on
-// shapes, strides and alignment alone (and, on devices with little shared memory, on how much that
-// is).
+// column and block, merged in double by the kernel that normalises z (left_over.h). The order
+// depends on shapes, strides and alignment alone (and, on devices with little shared memory, on how
+// much that is).
 //
 // Bytes: x once, z once; W (from the L2 cache) once per block and tile. Operations: 2 M C N.
 // Limit: memory where M is large; else the latency of a chunk, C / kChannelChunk times in a row.
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_per_multiprocessor(kR
     ++copied;
     commit_copies();
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) copy_next();
   load_norm(norm, bn, channel_chunks * kChannelChunk<T>, sizes.channels, x_left);
 

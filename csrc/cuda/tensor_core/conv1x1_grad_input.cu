@@ -62,21 +62,24 @@ struct GradZ {
   Rows<T> grad_z;
   const float* coefficients;
   bool corrects;
+  bool pieces_are_whole;  // all there or not, and aligned
 
-  explicit GradZ(const NormGradient& grad)
+  GradZ(const NormGradient& grad, int64_t outputs)
       : grad_a(grad.grad_a),
         z(grad.z),
         grad_z(grad.grad_z),
         coefficients(grad.coefficients),
-        corrects(grad.batch_statistics) {}
+        corrects(grad.batch_statistics),
+        pieces_are_whole(grad_a.aligned && z.aligned && grad_z.aligned &&
+                         outputs % kPiece<T> == 0) {}
 };
 
 // Channels whose coefficients a block keeps; those that do not exist have zeros.
 template <typename T, int kTiles>
 constexpr int kKeptOutputs = kChunks<T, kTiles> * kChannelChunk<T>;
 // Pieces under way, of grad_a and of z each: as many as there are registers for.
-template <int kTiles>
-constexpr int kRawAtOnce = kTiles <= 16 ? 2 : 1;
+template <typename T, int kTiles>
+constexpr int kRawAtOnce = kTiles * sizeof(T) <= 32 ? 3 : 1;
 constexpr int kCoefficients = NormGradCoefficients<float>::kNumbers;
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
@@ -84,40 +87,29 @@ constexpr int kCoefficients = NormGradCoefficients<float>::kNumbers;
 // What grad_z is made of in one piece of columns: rows `row` and row + 8.
 template <typename T>
 struct RawGradZ {
-  Piece<T> grad_a[2], z[2];
-};
+  Words<T, kPiece<T>> grad_a[2], z[2];
 
-// Of pieces n, n + kChannelChunk, ...: all loads are under way before one is waited for.
-template <typename T, int kCount>
-__device__ void load_raw(RawGradZ<T> (&raw)[kCount], const GradZ<T>& grad, int64_t row, int64_t end,
-                         int n, int outputs) {
-  const auto load_each = [&](const auto& load) {
+  // Of the piece at n; kWhole: GradZ::pieces_are_whole.
+  template <bool kWhole>
+  __device__ void load(const GradZ<T>& grad, int64_t row, int64_t end, int n, int outputs) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = n + i * kChannelChunk<T>;
-        const int count = row + half * 8 < end ? count_before<kPiece<T>>(outputs, column) : 0;
-        raw[i].grad_a[half] = load(grad.grad_a.at(row + half * 8, column), count);
-        raw[i].z[half] = load(grad.z.at(row + half * 8, column), count);
+    for (int half = 0; half < 2; ++half) {
+      const T* const from_a = grad.grad_a.at(row + half * 8, n);
+      const T* const from_z = grad.z.at(row + half * 8, n);
+      const int count = row + half * 8 < end ? count_before<kPiece<T>>(outputs, n) : 0;
+      if constexpr (kWhole) {
+        grad_a[half] = z[half] = {};
+        if (count > 0) {
+          grad_a[half] = *reinterpret_cast<const Words<T, kPiece<T>>*>(from_a);
+          z[half] = *reinterpret_cast<const Words<T, kPiece<T>>*>(from_z);
+        }
+      } else {
+        grad_a[half] = load_row<kPiece<T>>(from_a, grad.grad_a.aligned, count);
+        z[half] = load_row<kPiece<T>>(from_z, grad.z.aligned, count);
       }
     }
-  };
-  if (grad.grad_a.aligned && grad.z.aligned && outputs % kPiece<T> == 0) {
-    load_each([](const T* from, int count) {
-      return count > 0 ? *reinterpret_cast<const Piece<T>*>(from) : Piece<T>{};
-    });
-  } else {
-    load_each([](const T* from, int count) {
-      Piece<T> piece{};
-#pragma unroll
-      for (int k = 0; k < kPiece<T>; ++k) {
-        if (k < count) piece.values[k] = from[k];
-      }
-      return piece;
-    });
   }
-}
+};
 
 // Brings what grad_z of 16 rows is made of into the L2 cache: all pieces of a lane.
 template <typename T, int kTiles>
@@ -134,8 +126,8 @@ __device__ void prefetch_raw(const GradZ<T>& grad, int64_t row, int64_t end, int
   }
 }
 
-// Of outputs from n on, as operands.
-template <typename T, int kKept>
+// Of the piece at n, as operands.
+template <bool kWhole, typename T, int kKept>
 __device__ void make_grad_z(RawGradZ<T>& raw, const GradZ<T>& grad, const float* coefficients,
                             int64_t row, int64_t end, int n, int outputs, bool writes,
                             uint4 (&operands)[2]) {
@@ -147,29 +139,67 @@ __device__ void make_grad_z(RawGradZ<T>& raw, const GradZ<T>& grad, const float*
       numbers[i] = *reinterpret_cast<const Pack<float, 4>*>(coefficients + i * kKept + n + first);
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      NormGradCoefficients<float> channel;
-      channel.mean = numbers[0].values[k];
-      channel.scale = numbers[1].values[k];
-      channel.bias = numbers[2].values[k];
-      channel.offset = numbers[3].values[k];
-      channel.slope = numbers[4].values[k];
+    for (int half = 0; half < 2; ++half) {
+      float values[4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        T& value = raw.grad_a[half].values[first + k];
-        const float z = widen(raw.z[half].values[first + k]);
-        const float dz = masked<T>(channel, z, widen(value));
-        value = narrow<T>(row + half * 8 < end ? channel.grad_x(z, dz, grad.corrects) : 0.0f);
+      for (int k = 0; k < 4; ++k) {
+        NormGradCoefficients<float> channel;
+        channel.mean = numbers[0].values[k];
+        channel.scale = numbers[1].values[k];
+        channel.bias = numbers[2].values[k];
+        channel.offset = numbers[3].values[k];
+        channel.slope = numbers[4].values[k];
+        const float z = raw.z[half].get(first + k);
+        const float dz = masked<T>(channel, z, raw.grad_a[half].get(first + k));
+        values[k] = channel.grad_x(z, dz, grad.corrects);
       }
+      raw.grad_a[half].put(first, values[0], values[1]);
+      raw.grad_a[half].put(first + 2, values[2], values[3]);
     }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (writes && row + half * 8 < end) {
-      store_row(grad.grad_z.at(row + half * 8, n), raw.grad_a[half], grad.grad_z.aligned,
-                count_before<kPiece<T>>(outputs, n));
+    // As a mask: the compiler would make a branch around each number of a choice.
+    const uint32_t exists = row + half * 8 < end ? ~0u : 0u;
+#pragma unroll
+    for (uint32_t& word : raw.grad_a[half].words) word &= exists;
+    if (writes && exists != 0) {
+      T* const to = grad.grad_z.at(row + half * 8, n);
+      if constexpr (kWhole) {
+        if (n < outputs) *reinterpret_cast<Words<T, kPiece<T>>*>(to) = raw.grad_a[half];
+      } else {
+        store_row(to, raw.grad_a[half], grad.grad_z.aligned, count_before<kPiece<T>>(outputs, n));
+      }
     }
-    operands[half] = bits<T>(to_operands<T>(raw.grad_a[half]));
+    operands[half] = bits<T>(to_operands(raw.grad_a[half]));
+  }
+}
+
+// grad_z of rows `row` and row + 8, all pieces of a lane, as operands.
+template <bool kWhole, typename T, int kTiles>
+__device__ void make_tile(uint4 (&low)[kChunks<T, kTiles>], uint4 (&high)[kChunks<T, kTiles>],
+                          const GradZ<T>& grad, const float* coefficients, int64_t row, int64_t end,
+                          int outputs, bool writes) {
+  constexpr int kCount = kChunks<T, kTiles>;
+  constexpr int kAtOnce = std::min(kRawAtOnce<T, kTiles>, kCount);
+  const int own = threadIdx.x % kPieces * kPiece<T>;
+  RawGradZ<T> raw[kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    raw[i].template load<kWhole>(grad, row, end, i * kChannelChunk<T> + own, outputs);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    uint4 operands[2];
+    make_grad_z<kWhole, T, kKeptOutputs<T, kTiles>>(raw[i % kAtOnce], grad, coefficients, row, end,
+                                                    i * kChannelChunk<T> + own, outputs, writes,
+                                                    operands);
+    low[i] = operands[0];
+    high[i] = operands[1];
+    if (i + kAtOnce < kCount) {
+      raw[i % kAtOnce].template load<kWhole>(grad, row, end, (i + kAtOnce) * kChannelChunk<T> + own,
+                                             outputs);
+    }
   }
 }
 
@@ -316,20 +346,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
   int64_t row = begin + warp * kTileRows + g;
   for (int i = 0; i < total; ++i) {
     if (group == 0) {
-#pragma unroll
-      for (int first = 0; first < kChunks_; first += kRawAtOnce<kTiles>) {
-        constexpr int kCount = std::min(kRawAtOnce<kTiles>, kChunks_);
-        const int n = first * kChannelChunk<T> + t * kPiece<T>;
-        RawGradZ<T> raw[kCount];
-        load_raw(raw, grad, row, end, n, sizes.outputs);
-#pragma unroll
-        for (int i = 0; i < kCount && first + i < kChunks_; ++i) {
-          uint4 operands[2];
-          make_grad_z<T, kKept>(raw[i], grad, coefficients, row, end, n + i * kChannelChunk<T>,
-                                sizes.outputs, blockIdx.y == 0, operands);
-          low[first + i] = operands[0];
-          high[first + i] = operands[1];
-        }
+      if (grad.pieces_are_whole) {
+        make_tile<true, T, kTiles>(low, high, grad, coefficients, row, end, sizes.outputs,
+                                   blockIdx.y == 0);
+      } else {
+        make_tile<false, T, kTiles>(low, high, grad, coefficients, row, end, sizes.outputs,
+                                    blockIdx.y == 0);
       }
       prefetch_raw<T, kTiles>(grad, row + tile_rows, end, sizes.outputs);
     }
@@ -359,28 +381,30 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
     const int left = sizes.channels - (first_channel + group * kColumns + 4 * t);
     const bool exists[2] = {row < end, row + 8 < end};
     float dz_sums[4 * kPairs] = {}, dz_centred_sums[4 * kPairs] = {};
-    Pack<float, 4> sums[kPairs][2];
+    Words<float, 4> sums[kPairs][2];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       NormCoefficients<float> channels[4];
       norm.get(channels, group * kColumns + pair * kPairColumns + 4 * t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const auto x_pack = *reinterpret_cast<const Pack<T, 4>*>(
+        const auto values = *reinterpret_cast<const Words<T, 4>*>(
             own_x + stage + behind(pair, half) * kOwnBytesX<T>);
-        sums[pair][half] = *reinterpret_cast<const Pack<float, 4>*>(
+        const auto before = *reinterpret_cast<const Words<float, 4>*>(
             own_g + stage + behind(pair, half) * kPieceBytes);
+        float after[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const float value = widen(x_pack.values[k]);
+          const float value = values.get(k);
           const float dz =
               masked<T>(channels[k], value, grad_a[2 * pair + k / 2][2 * half + k % 2]);
           dz_sums[4 * pair + k] += dz;
           dz_centred_sums[4 * pair + k] =
               fma(dz, value - channels[k].mean, dz_centred_sums[4 * pair + k]);
-          float& sum = sums[pair][half].values[k];
-          sum = fma(channels[k].scale, dz, sum);
+          after[k] = fma(channels[k].scale, dz, before.get(k));
         }
+        sums[pair][half].put(0, after[0], after[1]);
+        sums[pair][half].put(2, after[2], after[3]);
       }
     }
     const auto store_each = [&](auto store) {
@@ -394,13 +418,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles * sizeof(T) <= 64 ? 2
       }
     };
     if (pieces_are_whole) {
-      store_each([](float* at, const Pack<float, 4>& pack, int columns_left, bool row_exists) {
-        store_if(row_exists && columns_left > 0, at, pack);
+      store_each([](float* at, const Words<float, 4>& values, int columns_left, bool row_exists) {
+        if (row_exists && columns_left > 0) *reinterpret_cast<Words<float, 4>*>(at) = values;
       });
     } else {
-      store_each([&](float* at, const Pack<float, 4>& pack, int columns_left, bool row_exists) {
+      store_each([&](float* at, const Words<float, 4>& values, int columns_left, bool row_exists) {
         if (!row_exists) return;
-        store_row(at, pack, grad_features.aligned, count_before<4>(columns_left, 0));
+        store_row(at, values, grad_features.aligned, count_before<4>(columns_left, 0));
       });
     }
     stage = next_stage(stage);
@@ -514,7 +538,8 @@ void bn_relu_conv1x1_grad_input(const KernelArgs& args, const BatchNorm& bn, con
       kKernel<<<dim3(cut.chunking.chunks, cut.splits), cut.warps * kWarp, cut.shared_bytes,
                 static_cast<cudaStream_t>(args.stream)>>>(
           sizes, Rows<const T>(args.features[0].x, 4), bn, static_cast<const uint4*>(weight),
-          GradZ<T>(grad), Rows<float>(norm_grad.grad_features, 4), left->dz, left->dz_centred);
+          GradZ<T>(grad, outputs), Rows<float>(norm_grad.grad_features, 4), left->dz,
+          left->dz_centred);
       check(cudaGetLastError(), "bn_relu_conv1x1_grad_input_kernel");
     });
   });

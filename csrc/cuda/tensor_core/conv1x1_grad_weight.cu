@@ -261,8 +261,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
       for (int k = 0; k < 4; ++k) sum.values[k] += more.values[k];
     }
     const int64_t row = int64_t(blockIdx.z) * sizes.outputs + first_output + n;
-    store_row(parts + row * sizes.channels + first_channel + c, sum, sizes.channels % 4 == 0,
-              count_before<4>(sizes.channels, first_channel + c));
+    store_row(parts + row * sizes.channels + first_channel + c, as_words(sum),
+              sizes.channels % 4 == 0, count_before<4>(sizes.channels, first_channel + c));
   }
 #endif
 }

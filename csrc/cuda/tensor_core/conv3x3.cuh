@@ -145,11 +145,13 @@ __device__ void multiply_taps(float (&sums)[kRowTiles][kTiles][4], const uint4* 
   const uint32_t outside = shared_address(zeros) + lane / 16 * kPieceBytes;
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
+    // Tiles are a multiple of 8 rows apart, after which places repeat.
+    const uint32_t own =
+        begin + swizzled(first + lane % 16 + images.shift(tap), lane / 16) * kPieceBytes;
     uint32_t from[kRowTiles];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      const int s = first + m * kTileRows + lane % 16 + images.shift(tap);
-      from[m] = inside[m] >> tap & 1 ? begin + swizzled(s, lane / 16) * kPieceBytes : outside;
+      from[m] = inside[m] >> tap & 1 ? own + m * kTileRows * kPieces * kPieceBytes : outside;
     }
 #pragma unroll
     for (int step = 0; step < 2; ++step) {

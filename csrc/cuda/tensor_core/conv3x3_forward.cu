@@ -29,15 +29,6 @@ struct Sizes {
   int channels, outputs, stages;
 };
 
-// Until all but so many of the youngest copies have arrived.
-__device__ inline void wait_for_all_but(int pending) {
-#ifdef EFFICIENT_DENSENET_TENSOR_CORES
-  if (pending >= 2) return wait_for_copies<2>();
-  if (pending == 1) return wait_for_copies<1>();
-  wait_for_copies<0>();
-#endif
-}
-
 // Pieces: numbers of the norm, zeros, stages.
 struct SharedLayout {
   int numbers, stage;

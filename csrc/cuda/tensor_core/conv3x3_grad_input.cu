@@ -13,7 +13,7 @@
 // (conv1x1_grad_input.cu). A block has one tile of rows, 16 or 32 per warp (conv3x3.cuh), and all
 // or one group of the columns. It also writes grad_y of its own rows, which the weight's gradient
 // reads. Sums: a lane's rows, the lanes of a column, the warps in order; one partial result per
-// channel and block, added up in double by the last block (last_block.cuh).
+// channel and block, added up in double by the kernel behind (left_over.cuh).
 //
 // Bytes: G (4 per element) and y once, times 1 + (2 W + 2) / R, most of that from the L2 cache; z
 // once; dz and grad_y written once. W, 18 B k, from the L2 cache once per block.
@@ -53,7 +53,7 @@ struct SharedLayout {
   int64_t bytes() const { return (numbers + kPieces + grad_y + 2 * int64_t(stage)) * kPieceBytes; }
 };
 
-constexpr int kBatch = 4;  // loads under way per thread and tensor
+constexpr int kBatch = 6;  // loads under way per thread and tensor
 
 template <typename T, int kRowTiles, int kTiles>
 __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
@@ -98,6 +98,10 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     commit_copies();
   };
   copy(0);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * block_rows;
+  const int64_t end = min(first_row + block_rows, sizes.images.rows);
+  prefetch_rows(z, first_row + warp * kRowTiles * kTileRows, kRowTiles * kTileRows, end,
+                first_channel, min(groups * kColumns, sizes.channels - first_channel));
   norm.load(bn, first_channel, columns, sizes.channels);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
   for (int n = threadIdx.x; n < sizes.outputs; n += blockDim.x) {
@@ -107,8 +111,6 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   __syncthreads();
 
   // grad_y, four channels at a time.
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * block_rows;
-  const int64_t end = min(first_row + block_rows, sizes.images.rows);
   const int64_t stretch_begin = sizes.images.stretch_begin(first_row);
   const auto first_stretch = static_cast<int>(max(-stretch_begin, int64_t(0)));
   const auto end_stretch =
@@ -118,51 +120,72 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
   constexpr int kFours = kChannelChunk<T> / 4;
   const int in_chunk = threadIdx.x % kFours * 4, own_s = threadIdx.x / kFours;
   const int apart = blockDim.x / kFours;
-  for (int channel_chunk = 0; channel_chunk < channel_chunks; ++channel_chunk) {
-    const int n = channel_chunk * kChannelChunk<T> + in_chunk,
-              count_n = count_before<4>(sizes.outputs, n);
-    CorrectionCoefficients<float> channels[4] = {};
+  const auto make_grad_y = [&](auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;  // pieces of four are, and aligned
+    for (int channel_chunk = 0; channel_chunk < channel_chunks; ++channel_chunk) {
+      const int n = channel_chunk * kChannelChunk<T> + in_chunk,
+                count_n = count_before<4>(sizes.outputs, n);
+      CorrectionCoefficients<float> channels[4] = {};
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (k < count_n) channels[k] = corrections[n + k];
-    }
-    T* const operand =
-        reinterpret_cast<T*>(operands + channel_chunk * stretch * kPieces) + in_chunk % kPiece<T>;
-    const bool writes = blockIdx.y == 0 && n < sizes.pitch;
-    const float* from_g = grad_features.at(stretch_begin + own_s, n);
-    const T* from_y = y.at(stretch_begin + own_s, n);
-    T* to = grad_y.at(stretch_begin + own_s, n);
-    for (int first = own_s; first < stretch; first += kBatch * apart) {
-      Pack<float, 4> g[kBatch];
-      Pack<T, 4> values[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int s = first + j * apart,
-                  count = s >= first_stretch && s < end_stretch ? count_n : 0;
-        g[j] = load_four(from_g + j * apart * grad_features.stride, grad_features.aligned, count);
-        values[j] =
-            load_four(from_y + j * apart * y.stride, y.aligned, gather.mean == nullptr ? 0 : count);
+      for (int k = 0; k < 4; ++k) {
+        if (k < count_n) channels[k] = corrections[n + k];
       }
+      T* const operand =
+          reinterpret_cast<T*>(operands + channel_chunk * stretch * kPieces) + in_chunk % kPiece<T>;
+      const bool writes = blockIdx.y == 0 && n < sizes.pitch;
+      const float* from_g = grad_features.at(stretch_begin + own_s, n);
+      const T* from_y = y.at(stretch_begin + own_s, n);
+      T* to = grad_y.at(stretch_begin + own_s, n);
+      for (int first = own_s; first < stretch; first += kBatch * apart) {
+        Words<float, 4> g[kBatch];
+        Words<T, 4> values[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int s = first + j * apart;
-        if (s >= stretch) break;
-        const bool exists = s >= first_stretch && s < end_stretch;
+        for (int j = 0; j < kBatch; ++j) {
+          const int s = first + j * apart,
+                    count = s >= first_stretch && s < end_stretch ? count_n : 0;
+          const int count_y = gather.mean == nullptr ? 0 : count;
+          const float* const at_g = from_g + j * apart * grad_features.stride;
+          const T* const at_y = from_y + j * apart * y.stride;
+          if constexpr (kWhole) {
+            g[j] = {};
+            values[j] = {};
+            if (count > 0) g[j] = *reinterpret_cast<const Words<float, 4>*>(at_g);
+            if (count_y > 0) values[j] = *reinterpret_cast<const Words<T, 4>*>(at_y);
+          } else {
+            g[j] = load_row<4>(at_g, grad_features.aligned, count);
+            values[j] = load_row<4>(at_y, y.aligned, count_y);
+          }
+        }
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float gradient = channels[k].gradient(g[j].values[k], widen(values[j].values[k]));
-          values[j].values[k] = to_operand(narrow<T>(exists ? gradient : 0.0f));
+        for (int j = 0; j < kBatch; ++j) {
+          const int s = first + j * apart;
+          if (s >= stretch) break;
+          const bool exists = s >= first_stretch && s < end_stretch;
+          float gradients[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const float gradient = channels[k].gradient(g[j].get(k), values[j].get(k));
+            gradients[k] = exists ? gradient : 0.0f;
+          }
+          values[j].put(0, gradients[0], gradients[1]);
+          values[j].put(2, gradients[2], gradients[3]);
+          values[j] = to_operands(values[j]);
+          *reinterpret_cast<Words<T, 4>*>(operand + swizzled(s, in_chunk / kPiece<T>) * kPiece<T>) =
+              values[j];
+          if (writes && s >= first_own && s < end_own) {
+            *reinterpret_cast<Words<T, 4>*>(to + j * apart * grad_y.stride) = values[j];
+          }
         }
-        *reinterpret_cast<Pack<T, 4>*>(operand + swizzled(s, in_chunk / kPiece<T>) * kPiece<T>) =
-            values[j];
-        if (writes && s >= first_own && s < end_own) {
-          *reinterpret_cast<Pack<T, 4>*>(to + j * apart * grad_y.stride) = values[j];
-        }
+        from_g += kBatch * apart * grad_features.stride;
+        from_y += kBatch * apart * y.stride;
+        to += kBatch * apart * grad_y.stride;
       }
-      from_g += kBatch * apart * grad_features.stride;
-      from_y += kBatch * apart * y.stride;
-      to += kBatch * apart * grad_y.stride;
     }
+  };
+  if (grad_features.aligned && y.aligned && sizes.outputs % 4 == 0) {
+    make_grad_y(std::true_type{});
+  } else {
+    make_grad_y(std::false_type{});
   }
 
   const int64_t tile_row = first_row + warp * kRowTiles * kTileRows;
@@ -190,66 +213,77 @@ __global__ void __launch_bounds__(kMaxRowWarps* kWarp, 2)
     const bool pieces_are_whole = z.aligned && grad_z.aligned &&
                                   tile_row + kRowTiles * kTileRows <= end &&
                                   first_channel + first_column + kColumns <= sizes.channels;
-    const auto count_of = [&](int place, int r) {
-      return row + r * 8 < end ? count_before<4>(sizes.channels, first_channel + own + place) : 0;
-    };
-    const auto load = [&](Pack<T, 4>(&values)[kOwnRows], int place) {
-      if (pieces_are_whole) {
+    const auto finish_columns = [&](auto whole) {
+      constexpr bool kWhole = decltype(whole)::value;
+      const auto count_of = [&](int place, int r) {
+        return row + r * 8 < end ? count_before<4>(sizes.channels, first_channel + own + place) : 0;
+      };
+      const auto load = [&](Words<T, 4>(&values)[kOwnRows], int place) {
+        if constexpr (kWhole) {
 #pragma unroll
-        for (int r = 0; r < kOwnRows; ++r) {
-          values[r] = *reinterpret_cast<const Pack<T, 4>*>(from_z + r * 8 * z.stride + place);
-        }
-      } else {
-#pragma unroll
-        for (int r = 0; r < kOwnRows; ++r) {
-          values[r] = load_four(from_z + r * 8 * z.stride + place, z.aligned, count_of(place, r));
-        }
-      }
-    };
-    const auto store = [&](const Pack<T, 4>(&values)[kOwnRows], int place) {
-#pragma unroll
-      for (int r = 0; r < kOwnRows; ++r) {
-        T* const to = to_z + r * 8 * grad_z.stride + place;
-        if (pieces_are_whole) {
-          store_if(true, to, values[r]);
+          for (int r = 0; r < kOwnRows; ++r) {
+            values[r] = *reinterpret_cast<const Words<T, 4>*>(from_z + r * 8 * z.stride + place);
+          }
         } else {
-          store_row(to, values[r], grad_z.aligned, count_of(place, r));
+#pragma unroll
+          for (int r = 0; r < kOwnRows; ++r) {
+            values[r] =
+                load_row<4>(from_z + r * 8 * z.stride + place, z.aligned, count_of(place, r));
+          }
+        }
+      };
+      const auto store = [&](const Words<T, 4>(&values)[kOwnRows], int place) {
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          T* const to = to_z + r * 8 * grad_z.stride + place;
+          if constexpr (kWhole) {
+            *reinterpret_cast<Words<T, 4>*>(to) = values[r];
+          } else {
+            store_row(to, values[r], grad_z.aligned, count_of(place, r));
+          }
+        }
+      };
+      Words<T, 4> next[kOwnRows];
+      load(next, 0);
+#pragma unroll
+      for (int pair = 0; pair < kTiles / 2; ++pair) {
+        const int place = pair * 2 * kTileColumns;
+        Words<T, 4> values[kOwnRows];
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) values[r] = next[r];
+        if (pair + 1 < kTiles / 2) load(next, place + 2 * kTileColumns);
+        NormCoefficients<float> channels[4];
+        norm.get(channels, own + place);
+        float dz_sums[4] = {}, dz_centred_sums[4] = {};
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          const Words<T, 4> at = values[r];
+#pragma unroll
+          for (int k = 0; k < 4; k += 2) {  // of rows and columns that do not exist, dz is 0
+            float* const own_sums = sums[r / 2][2 * pair + k / 2] + r % 2 * 2;
+            values[r].put(k, masked<T>(channels[k], at.get(k), own_sums[0]),
+                          masked<T>(channels[k + 1], at.get(k + 1), own_sums[1]));
+            own_sums[0] = own_sums[1] = 0;
+          }
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const float dz = values[r].get(k);
+            dz_sums[k] += dz;
+            dz_centred_sums[k] = fma(dz, at.get(k) - channels[k].mean, dz_centred_sums[k]);
+          }
+        }
+        store(values, place);
+        const int column = own + place + add_lanes(dz_sums, dz_centred_sums);
+        if (!(lane & 4)) {
+          warp_sums[warp * 2 * columns + column] = dz_sums[0];
+          warp_sums[(warp * 2 + 1) * columns + column] = dz_centred_sums[0];
         }
       }
     };
-    Pack<T, 4> next[kOwnRows];
-    load(next, 0);
-#pragma unroll
-    for (int pair = 0; pair < kTiles / 2; ++pair) {
-      const int place = pair * 2 * kTileColumns;
-      Pack<T, 4> values[kOwnRows];
-#pragma unroll
-      for (int r = 0; r < kOwnRows; ++r) values[r] = next[r];
-      if (pair + 1 < kTiles / 2) load(next, place + 2 * kTileColumns);
-      NormCoefficients<float> channels[4];
-      norm.get(channels, own + place);
-      float dz_sums[4] = {}, dz_centred_sums[4] = {};
-#pragma unroll
-      for (int r = 0; r < kOwnRows; ++r) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float value = widen(values[r].values[k]);
-          // Of rows and columns that do not exist, it is 0.
-          float& sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
-          const T stored = narrow<T>(masked<T>(channels[k], value, sum));
-          const float dz = widen(stored);
-          dz_sums[k] += dz;
-          dz_centred_sums[k] = fma(dz, value - channels[k].mean, dz_centred_sums[k]);
-          values[r].values[k] = stored;
-          sum = 0;
-        }
-      }
-      store(values, place);
-      const int column = own + place + add_lanes(dz_sums, dz_centred_sums);
-      if (!(lane & 4)) {
-        warp_sums[warp * 2 * columns + column] = dz_sums[0];
-        warp_sums[(warp * 2 + 1) * columns + column] = dz_centred_sums[0];
-      }
+    if (pieces_are_whole) {
+      finish_columns(std::true_type{});
+    } else {
+      finish_columns(std::false_type{});
     }
     channel_chunk = 0;
     first_column += kColumns;

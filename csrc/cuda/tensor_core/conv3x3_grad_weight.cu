@@ -96,37 +96,55 @@ __device__ void load_grad_y(uint32_t (&b)[kTiles][2], const T* rows, int lane) {
   }
 }
 
-// A operands of one tap: tiles of the chunk's channels from first_tile on, summed over kStep rows
-// from stretch row s on.
+// A operands of the taps of a line: tiles of the chunk's channels, summed over kStep rows. Rows
+// that a warp begins with are a multiple of 8, after which places repeat (swizzled), so where the
+// lane's part begins is the same number behind the row's beginning all the time.
 template <typename T>
 struct TapLoads {
-  const uint4 *stretch, *zeros;
-  int lane, first_tile;
+  static constexpr int kOwnRows = sizeof(T) == 2 ? 1 : 2;
+  static_assert(kStep<T> % 8 == 0);
+  int own, first_tile, first_tap;
+  int from[3][kOwnRows];  // bytes behind the beginning of the row's pieces
 
+  __device__ TapLoads(int lane, int first_tile, int dy, int width)
+      : own(sizeof(T) == 2 ? lane % 8 + lane / 16 * 8 : lane % 4),
+        first_tile(first_tile),
+        first_tap(3 * dy) {
+    const int channel = lane / 4;
+#pragma unroll
+    for (int dx = 0; dx < 3; ++dx) {
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) {
+        const int s = own + 4 * i + dy * width + dx;
+        from[dx][i] = sizeof(T) == 2 ? swizzled(s, lane / 8 % 2) * kPieceBytes
+                                     : swizzled(s, channel / kPiece<T>) * kPieceBytes +
+                                           channel % kPiece<T> * static_cast<int>(sizeof(T));
+      }
+    }
+  }
+
+  // Of rows from stretch row `row` on; `inside` are the taps of the lane's.
   template <int kOwnTiles>
-  __device__ void load(uint32_t (&a)[kOwnTiles][4], const uint32_t* inside, int row, int s,
-                       int tap) const {
+  __device__ void load(uint32_t (&a)[kOwnTiles][4], const uint32_t (&inside)[kOwnRows],
+                       const uint4* stretch, const uint4* zeros, int row, int dx) const {
+    const int begin = row * kPieces * kPieceBytes;
     if constexpr (sizeof(T) == 2) {
-      const int own = lane % 8 + lane / 16 * 8, piece = lane / 8 % 2;
-      const bool exists = inside[row + own] >> tap & 1;
-      const uint32_t from = exists ? shared_address(stretch + swizzled(s + own, piece))
-                                   : shared_address(zeros + piece);
+      const int piece = threadIdx.x / 8 % 2;
+      const uint32_t at = inside[0] >> (first_tap + dx) & 1
+                              ? shared_address(stretch) + begin + from[dx][0]
+                              : shared_address(zeros + piece);
 #pragma unroll
       for (int m = 0; m < kOwnTiles; ++m)
-        load_transposed(a[m], from ^ ((first_tile + m) * 2 * kPieceBytes));
+        load_transposed(a[m], at ^ ((first_tile + m) * 2 * kPieceBytes));
     } else {
-      const int channel = lane / 4;
-      const char* const begin = reinterpret_cast<const char*>(stretch);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int own = lane % 4 + half * 4;
-        const bool exists = inside[row + own] >> tap & 1;
-        const int from =
-            swizzled(s + own, channel / kPiece<T>) * kPieceBytes + channel % kPiece<T> * 4;
+        const bool exists = inside[half] >> (first_tap + dx) & 1;
+        const int at = begin + from[dx][half];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {  // channels 8 apart are two pieces apart
-          const auto value =
-              *reinterpret_cast<const uint32_t*>(begin + (from ^ (i * 2 * kPieceBytes)));
+          const auto value = *reinterpret_cast<const uint32_t*>(
+              reinterpret_cast<const char*>(stretch) + (at ^ (i * 2 * kPieceBytes)));
           a[0][2 * half + i] = exists ? value : 0;
         }
       }
@@ -199,6 +217,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   add_left<T>(parts_left, block, blocks);
   if (threadIdx.x < kPieces) zeros[threadIdx.x] = {};
 
+  const TapLoads<T> loads(lane, first_tile, dy, sizes.images.width);
   float sums[3][S::kOwnTiles][kTiles][4] = {};
   for (int i = 0; i < total; ++i) {
     wait_for_copies<0>();
@@ -215,14 +234,18 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     __syncthreads();  // this tile is ready, and nobody reads the one before
     copy(i + 1);
     const T* const ys = reinterpret_cast<const T*>(stage(i) + layout.grad_y);
-    const TapLoads<T> taps{zs, zeros, lane, first_tile};
     for (int row = part * kStep<T>; row < sizes.tile_rows; row += S::kParts * kStep<T>) {
       uint32_t b[kTiles][2];
       load_grad_y<T, kTiles>(b, ys + row * kPitch_, lane);
+      uint32_t taps_inside[TapLoads<T>::kOwnRows];
+#pragma unroll
+      for (int k = 0; k < TapLoads<T>::kOwnRows; ++k) {
+        taps_inside[k] = inside[row + loads.own + 4 * k];
+      }
 #pragma unroll
       for (int dx = 0; dx < 3; ++dx) {
         uint32_t a[S::kOwnTiles][4];
-        taps.load(a, inside, row, row + dy * sizes.images.width + dx, dy * 3 + dx);
+        loads.load(a, taps_inside, zs, zeros, row, dx);
 #pragma unroll
         for (int m = 0; m < S::kOwnTiles; ++m) {
 #pragma unroll
@@ -262,7 +285,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   for (int i = threadIdx.x; i < taps * kOwnQuads; i += kBlockThreads) {
     const int tap = i / kOwnQuads, c = i % kOwnQuads * 4;
     store_row(parts + (first_tap + tap) * sizes.channels + first_channel + c,
-              *reinterpret_cast<const Pack<float, 4>*>(all + tap * kPitchSum<T> + c),
+              *reinterpret_cast<const Words<float, 4>*>(all + tap * kPitchSum<T> + c),
               sizes.channels % 4 == 0, count_before<4>(sizes.channels, first_channel + c));
   }
 #endif

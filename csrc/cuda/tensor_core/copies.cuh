@@ -46,6 +46,11 @@ template <int kPending>
 __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+__device__ inline void wait_for_all_but(int pending) {
+  if (pending >= 2) return wait_for_copies<2>();
+  if (pending == 1) return wait_for_copies<1>();
+  wait_for_copies<0>();
+}
 
 #endif
 
@@ -81,58 +86,54 @@ __device__ __forceinline__ void copy_row(void* to, const T* from, bool aligned, 
 
 #endif
 
+#ifdef EFFICIENT_DENSENET_TENSOR_CORES
+
+// Brings columns [column, column + columns) of `count` rows, those from `end` on excepted, into the
+// L2 cache: a line of it per lane of the warp.
+template <typename T>
+__device__ void prefetch_rows(const Rows<const T>& rows, int64_t row, int count, int64_t end,
+                              int64_t column, int columns) {
+  constexpr int kLine = 128 / sizeof(T);
+  const int lines = (columns + kLine - 1) / kLine;
+  for (int i = threadIdx.x % kWarp; i < count * lines; i += kWarp) {
+    if (row + i / lines >= end) continue;
+    asm volatile(
+        "prefetch.global.L2 [%0];" ::"l"(rows.at(row + i / lines, column + i % lines * kLine)));
+  }
+}
+
+#endif
+
 // How many of k elements lie before `end`.
 template <int k>
 __device__ int count_before(int end, int first) {
   return min(max(end - first, 0), k);
 }
 
+// k elements to and from a row; those from `count` on are not touched, and 0 where they are read.
 template <int k, typename T>
-__device__ __forceinline__ void store_row(T* to, const Pack<T, k>& pack, bool aligned, int count) {
+__device__ __forceinline__ void store_row(T* to, const Words<T, k>& values, bool aligned,
+                                          int count) {
   if (aligned && count == k) {
-    *reinterpret_cast<Pack<T, k>*>(to) = pack;
+    *reinterpret_cast<Words<T, k>*>(to) = values;
     return;
   }
+  const Pack<T, k> elements = as_pack(values);
 #pragma unroll
   for (int i = 0; i < k; ++i) {
-    if (i < count) to[i] = pack.values[i];
+    if (i < count) to[i] = elements.values[i];
   }
 }
 
-// Four elements of a row, 0 for those that do not count.
-template <typename T>
-__device__ Pack<T, 4> load_four(const T* from, bool aligned, int count) {
-  Pack<T, 4> values{};
-  if (count == 4 && aligned) return *reinterpret_cast<const Pack<T, 4>*>(from);
+template <int k, typename T>
+__device__ __forceinline__ Words<T, k> load_row(const T* from, bool aligned, int count) {
+  if (aligned && count == k) return *reinterpret_cast<const Words<T, k>*>(from);
+  Pack<T, k> elements{};
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (k < count) values.values[k] = from[k];
+  for (int i = 0; i < k; ++i) {
+    if (i < count) elements.values[i] = from[i];
   }
-  return values;
+  return as_words(elements);
 }
-
-#ifdef EFFICIENT_DENSENET_TENSOR_CORES
-
-// Four elements in one access, which the compiler would break up in places. `to` is aligned.
-template <typename T>
-__device__ void store_if(bool condition, T* to, const Pack<T, 4>& pack) {
-  if constexpr (sizeof(T) == 4) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(&pack);
-    asm volatile(
-        "{.reg .pred p; setp.ne.s32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(
-            to),
-        "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w), "r"(static_cast<int>(condition))
-        : "memory");
-  } else {
-    static_assert(sizeof(T) == 2);
-    const uint2 bits = *reinterpret_cast<const uint2*>(&pack);
-    asm volatile(
-        "{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(to),
-        "r"(bits.x), "r"(bits.y), "r"(static_cast<int>(condition))
-        : "memory");
-  }
-}
-
-#endif
 
 }  // namespace efficient_densenet::cuda

@@ -44,11 +44,51 @@ __host__ __device__ inline int pair_column(int p) {
   return 4 * (place / 2) + 2 * tile + place % 2;
 }
 
-template <typename T>
-using Piece = Pack<T, kPiece<T>>;
+// k elements in the words that registers hold them in. As elements of a Pack, the compiler gives
+// each of 16 bits a register of its own, and takes words apart wherever it loads and stores.
+template <typename T, int k>
+struct alignas(k * sizeof(T)) Words {
+  static constexpr int kInWord = sizeof(uint32_t) / sizeof(T);
+  uint32_t words[k / kInWord];
+
+  __device__ float get(int i) const {
+    const uint32_t word = words[i / kInWord];
+    if constexpr (std::is_same_v<T, __half>) {
+      const auto both = *reinterpret_cast<const __half2*>(&word);
+      return i % 2 == 0 ? __low2float(both) : __high2float(both);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else {
+      return __uint_as_float(word);
+    }
+  }
+
+  // Elements i and i + 1, i even, rounded to T.
+  __device__ void put(int i, float first, float second) {
+    uint32_t* const to = words + i / kInWord;
+    if constexpr (std::is_same_v<T, __half>) {
+      *reinterpret_cast<__half2*>(to) = __floats2half2_rn(first, second);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(first, second);
+    } else {
+      to[0] = __float_as_uint(first);
+      to[1] = __float_as_uint(second);
+    }
+  }
+};
+
+template <typename T, int k>
+__device__ Words<T, k> as_words(const Pack<T, k>& pack) {
+  static_assert(sizeof(pack) == sizeof(Words<T, k>));
+  return *reinterpret_cast<const Words<T, k>*>(&pack);
+}
+template <typename T, int k>
+__device__ Pack<T, k> as_pack(const Words<T, k>& words) {
+  return *reinterpret_cast<const Pack<T, k>*>(&words);
+}
 
 template <typename T>
-__device__ uint4 bits(const Piece<T>& piece) {
+__device__ uint4 bits(const Words<T, kPiece<T>>& piece) {
   static_assert(sizeof(piece) == sizeof(uint4));
   return *reinterpret_cast<const uint4*>(&piece);
 }
@@ -66,11 +106,15 @@ __device__ inline float to_operand(float x) {
 __device__ inline __half to_operand(__half x) { return x; }
 __device__ inline __nv_bfloat16 to_operand(__nv_bfloat16 x) { return x; }
 
-template <typename T>
-__device__ Piece<T> to_operands(Piece<T> piece) {
+template <typename T, int k>
+__device__ Words<T, k> to_operands(Words<T, k> values) {
+  if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-  for (int i = 0; i < kPiece<T>; ++i) piece.values[i] = to_operand(piece.values[i]);
-  return piece;
+    for (int i = 0; i < k; i += 2) {
+      values.put(i, to_operand(values.get(i)), to_operand(values.get(i + 1)));
+    }
+  }
+  return values;
 }
 
 #ifdef EFFICIENT_DENSENET_TENSOR_CORES
@@ -216,10 +260,10 @@ __device__ uint32_t relu_operands(float first, float second) {
 template <typename T>
 __device__ uint4 normalised(const uint4& x_bits,
                             const NormCoefficients<float> (&channels)[kPiece<T>]) {
-  const Piece<T> x = *reinterpret_cast<const Piece<T>*>(&x_bits);
+  const auto x = *reinterpret_cast<const Words<T, kPiece<T>>*>(&x_bits);
   float y[kPiece<T>];
 #pragma unroll
-  for (int i = 0; i < kPiece<T>; ++i) y[i] = channels[i].normalise(widen(x.values[i]));
+  for (int i = 0; i < kPiece<T>; ++i) y[i] = channels[i].normalise(x.get(i));
   if constexpr (sizeof(T) == 2) {
     return {relu_operands<T>(y[0], y[1]), relu_operands<T>(y[2], y[3]),
             relu_operands<T>(y[4], y[5]), relu_operands<T>(y[6], y[7])};

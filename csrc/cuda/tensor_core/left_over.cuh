@@ -48,7 +48,7 @@ __device__ void add_parts(const WeightParts& parts, int block, int blocks) {
     double sums[4] = {};
     const auto add = [&](const auto& load) {
       for (int part = part_lane; part < parts.parts; part += kPartsAtOnce * kLanes) {
-        Pack<float, 4> more[kPartsAtOnce] = {};
+        Words<float, 4> more[kPartsAtOnce] = {};
         const float* from = parts.memory + int64_t(part) * parts.elements + element;
 #pragma unroll
         for (int i = 0; i < kPartsAtOnce; ++i, from += int64_t(kLanes) * parts.elements) {
@@ -57,14 +57,14 @@ __device__ void add_parts(const WeightParts& parts, int block, int blocks) {
 #pragma unroll
         for (int i = 0; i < kPartsAtOnce; ++i) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sums[k] += more[i].values[k];
+          for (int k = 0; k < 4; ++k) sums[k] += more[i].get(k);
         }
       }
     };
     if (parts.elements % 4 == 0 && first + 4 * kQuads <= parts.elements) {
-      add([](const float* from) { return *reinterpret_cast<const Pack<float, 4>*>(from); });
+      add([](const float* from) { return load_row<4>(from, true, 4); });
     } else {
-      add([&](const float* from) { return load_four(from, false, count); });
+      add([&](const float* from) { return load_row<4>(from, false, count); });
     }
 #pragma unroll
     for (int bit = kWarp / 2; bit >= kQuads; bit /= 2) {

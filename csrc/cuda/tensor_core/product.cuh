@@ -137,70 +137,91 @@ struct WarpMoments {
   }
 };
 
+// sums = relu(norm(sums)), as an operand of the next product.
+template <typename T, int kRowTiles, int kTiles>
+__device__ void fold(float (&sums)[kRowTiles][kTiles][4], const FoldedNorm& norm, int first_output,
+                     int outputs) {
+  const int own = first_output + 4 * (threadIdx.x % kPieces);
+#pragma unroll
+  for (int pair = 0; pair < kTiles / 2; ++pair) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int n = own + pair * 2 * kTileColumns + k;
+      if (n >= outputs) continue;
+      const float scale = norm.scale[n], bias = norm.bias[n];
+#pragma unroll
+      for (int r = 0; r < 2 * kRowTiles; ++r) {
+        float& sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
+        sum = relu(fma(sum, scale, bias));
+        if constexpr (std::is_same_v<T, float>) sum = to_operand(sum);
+      }
+    }
+  }
+}
+
 // Stores the tile whose row of this lane is `row`, the rows from `end` on excepted, and sets the
-// sums to 0. With a norm, relu(norm(sums)) as an operand of the next product. Moments are null
-// where nobody asks for them.
+// sums to 0. With a norm, relu(norm(sums)). Moments are null where nobody asks for them; between
+// tiles they stay in memory, as the product needs the registers.
+//
+// A block comes here once or twice, so what takes its time is loading the instructions. What only
+// odd shapes need is out of the way of the others: kWhole, all rows and pieces of columns exist.
 template <typename T, int kRowTiles, int kTiles>
 __device__ void store_tile(float (&sums)[kRowTiles][kTiles][4], const Rows<T>& to, int64_t row,
                            int64_t end, int first_output, int outputs, const FoldedNorm& norm,
                            WarpMoments<kTiles>* moments) {
-  constexpr int kPairs = kTiles / 2, kOwnRows = 2 * kRowTiles;
+  constexpr int kOwnRows = 2 * kRowTiles;
+  if (norm.scale != nullptr) fold<T>(sums, norm, first_output, outputs);
   typename WarpMoments<kTiles>::Tile_ tile;
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r) tile.count += row + r * 8 < end;
   const bool full = __all_sync(~0u, tile.count == kOwnRows);
-  const bool pieces_are_whole =
-      full && to.aligned && outputs % 4 == 0;  // of columns, all four or none
-  const float share = 1 / fmaxf(tile.count, 1);
-  const int t = threadIdx.x % kPieces;
-  T* const first = to.at(row, first_output + 4 * t);
+  const int own = first_output + 4 * (threadIdx.x % kPieces);
+  T* const first = to.at(row, own);
+  const int64_t apart = 8 * to.stride;
+  const auto store_pairs = [&](auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
+    const float share = kWhole ? 1.0f / kOwnRows : 1 / fmaxf(tile.count, 1);
 #pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) {
-    const int place = pair * 2 * kTileColumns;
-    const int count = count_before<4>(outputs, first_output + place + 4 * t);
-    float factors[4] = {}, shifts[4] = {};
-    if (norm.scale != nullptr) {
+    for (int pair = 0; pair < kTiles / 2; ++pair) {
+      const int place = pair * 2 * kTileColumns;
+      Words<T, 4> values[kOwnRows];
+#pragma unroll
+      for (int r = 0; r < kOwnRows; ++r) {
+        const float* const left = sums[r / 2][2 * pair] + r % 2 * 2;
+        const float* const right = sums[r / 2][2 * pair + 1] + r % 2 * 2;
+        values[r].put(0, left[0], left[1]);
+        values[r].put(2, right[0], right[1]);
+        T* const at = first + r * apart + place;
+        if constexpr (kWhole) {
+          if (own + place < outputs) *reinterpret_cast<Words<T, 4>*>(at) = values[r];
+        } else if (row + r * 8 < end) {
+          store_row(at, values[r], to.aligned, count_before<4>(outputs, own + place));
+        } else {
+          values[r] = r == 0 ? Words<T, 4>{} : values[0];  // which adds nothing below
+        }
+      }
+      if (moments == nullptr) continue;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (k >= count) continue;
-        factors[k] = norm.scale[first_output + place + 4 * t + k];
-        shifts[k] = norm.bias[first_output + place + 4 * t + k];
+        // Relative to the first of so few rows, the squares' sum loses no digits.
+        const float shift = values[0].get(k);
+        float sum = 0, squares = 0;
+#pragma unroll
+        for (int r = 1; r < kOwnRows; ++r) {
+          const float delta = values[r].get(k) - shift;
+          sum += delta;
+          squares = fma(delta, delta, squares);
+        }
+        const float mean = sum * share;
+        tile.mean[4 * pair + k] = shift + mean;
+        tile.m2[4 * pair + k] = fma(-mean, sum, squares);
       }
     }
-    Pack<T, 4> values[kOwnRows];
-#pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float sum = sums[r / 2][2 * pair + k / 2][r % 2 * 2 + k % 2];
-        values[r].values[k] = norm.scale == nullptr
-                                  ? narrow<T>(sum)
-                                  : to_operand(narrow<T>(relu(fma(sum, factors[k], shifts[k]))));
-      }
-      if (pieces_are_whole) {
-        store_if(count > 0, first + r * 8 * to.stride + place, values[r]);
-      } else if (full || row + r * 8 < end) {
-        store_row(first + r * 8 * to.stride + place, values[r], to.aligned, count);
-      } else {
-        values[r] = r == 0 ? Pack<T, 4>{} : values[0];  // which adds nothing below
-      }
-    }
-    if (moments == nullptr) continue;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      // Relative to the first of so few rows, the squares' sum loses no digits.
-      const float shift = widen(values[0].values[k]);
-      float sum = 0, squares = 0;
-#pragma unroll
-      for (int r = 1; r < kOwnRows; ++r) {
-        const float delta = widen(values[r].values[k]) - shift;
-        sum += delta;
-        squares = fma(delta, delta, squares);
-      }
-      const float mean = sum * share;
-      tile.mean[4 * pair + k] = shift + mean;
-      tile.m2[4 * pair + k] = fma(-mean, sum, squares);
-    }
+  };
+  if (full && to.aligned && outputs % 4 == 0) {
+    store_pairs(std::true_type{});
+  } else {
+    store_pairs(std::false_type{});
   }
   if (moments != nullptr) {
     tile.merge_all_lanes();
