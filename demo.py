@@ -29,6 +29,7 @@ import random
 import resource
 import shlex
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -386,6 +387,8 @@ class Run:
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         from tqdm import tqdm
 
+        # Its own is a semaphore between processes, and Python warns of it where refuse() leaves it.
+        tqdm.set_lock(threading.RLock())
         device, leads = self.process.device, self.process.rank == 0
         # Seeded again, so that a resumed run augments like one that was never stopped.
         torch.manual_seed(self.options.seed + 1_000_003 * epoch + self.process.rank)
