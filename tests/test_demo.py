@@ -53,6 +53,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that change what main() calls: with several GPUs it starts processes of its own."""
+    devices = min(torch.cuda.device_count(), 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+
+
 def start(
     program: list[str], arguments: str, save: Path, more: dict[str, str] | None = None
 ) -> subprocess.Popen:
@@ -186,6 +193,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_new_run_keeps_the_files_of_another_until_its_first_epoch_is_done(
     finished_run: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +217,7 @@ def test_a_new_run_keeps_the_files_of_another_until_its_first_epoch_is_done(
     assert [path.name for path in new.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("name", ["results.csv", "curves.png", "best.pt", "last.pt"])
 def test_a_file_that_cannot_be_written(
     name: str, finished_run: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
