@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import demo  # noqa: E402
+from efficient_densenet import DenseNet  # noqa: E402
+from efficient_densenet.train import checkpoint, command, loop, recipes, report  # noqa: E402
+from efficient_densenet.train.data import load_data  # noqa: E402
+from efficient_densenet.train.distributed import join  # noqa: E402
+from efficient_densenet.train.options import Options  # noqa: E402
 
 # 400 images to train on; a later option of the same name wins.
 TINY = "--efficient False --depth 10 --growth_rate 4 --valid_size 3600 --batch_size 40 --n_epochs 1"
@@ -93,7 +97,7 @@ def run(program: list[str], arguments: str, save: Path) -> tuple[str, str]:
 
 def run_here(arguments: str, save: Path) -> None:
     options = demo.parse_options([*TINY.split(), *arguments.split(), "--save", str(save)])
-    demo.train_and_test(options)
+    command.train_and_test(options, join(options.timeout))
 
 
 def read_results(folder: Path) -> list[dict[str, str]]:
@@ -139,7 +143,7 @@ def test_an_epoch_on_the_digits(efficient: str, tmp_path: Path, extra: None) -> 
     assert re.search(rf"images/s, loss \d\.\d+, error [\d.]+%, peak \d+ MB of {what}", err)
     assert re.search(rf" images/s, peak \d+ MB of {what}, best so far$", out, re.M)
     (row,) = read_results(tmp_path)
-    assert list(row) == demo.COLUMNS
+    assert list(row) == report.COLUMNS
     assert row["epoch"] == "1"
     assert float(row["test_error"]) == pytest.approx(float(final[1]) / 100, abs=1e-4)
     assert all(float(value) > 0 for value in row.values())
@@ -153,7 +157,7 @@ def test_an_epoch_on_the_digits(efficient: str, tmp_path: Path, extra: None) -> 
     assert best["arguments"]["depth"] == 10 and best["arguments"]["efficient"] is eval(efficient)
     assert best["valid_error"] == last["best_error"]
     assert last["epoch"] == 1 and {"optimizer", "scheduler"} <= set(last)
-    plain = demo.DenseNet(4, [1, 1, 1], num_init_features=8, efficient=False)
+    plain = DenseNet(4, [1, 1, 1], num_init_features=8, efficient=False)
     plain.load_state_dict(best["model"])
 
 
@@ -169,7 +173,7 @@ def test_a_resumed_run_is_that_of_a_run_never_stopped(
     assert [row["epoch"] for row in parts] == ["1", "2", "3"]
     assert [row["test_error"] != "" for row in parts] == [False, False, True]
     for expected, actual in zip(whole, parts, strict=True):
-        for name in demo.COLUMNS[:6]:
+        for name in report.COLUMNS[:6]:
             assert actual[name] == expected[name], name
 
 
@@ -201,10 +205,10 @@ def test_a_new_run_keeps_the_files_of_another_until_its_first_epoch_is_done(
     shutil.copytree(finished_run, old)
     finished = snapshot(old)
 
-    def stop(self: demo.Run, epoch: int) -> None:
+    def stop(self: loop.Run, epoch: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.Run, "_train_epoch", stop)
+    monkeypatch.setattr(loop.Run, "_train_epoch", stop)
     capsys.readouterr()
     for arguments in ([], ["--resume", "--n_epochs", "2"]):
         assert demo.main([*TINY.split(), "--save", str(old), *arguments]) == 130
@@ -225,7 +229,7 @@ def test_a_file_that_cannot_be_written(
     """As on a full disk: some of it is written, and then no more."""
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     finished = snapshot(tmp_path)
-    really_write = demo.write_atomically
+    really_write = checkpoint.write_atomically
 
     def write_atomically(path: Path, write) -> None:
         def fill_the_disk(temporary: Path) -> None:
@@ -234,7 +238,8 @@ def test_a_file_that_cannot_be_written(
 
         really_write(path, fill_the_disk if path.name == name else write)
 
-    monkeypatch.setattr(demo, "write_atomically", write_atomically)
+    for module in (checkpoint, report):
+        monkeypatch.setattr(module, "write_atomically", write_atomically)
     capsys.readouterr()
     assert demo.main([*TINY.split(), "--save", str(tmp_path)]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
@@ -312,34 +317,35 @@ def test_torchrun_with_two_processes(
     assert epoch.startswith("epoch 1/1: ") and "test accuracy" in final
     (row,) = read_results(tmp_path)
     best = load(tmp_path / "best.pt")
-    options = Namespace(**best["arguments"])
-    alone = demo.Run(options, demo.load_data(options), demo.current_process())
-    alone.model.load_state_dict(best["model"])
-    for loader, name in ((alone.valid_loader, "valid"), (alone.test_loader, "test")):
-        loss, error = alone.evaluate(loader)
+    options = Options(**best["arguments"])
+    alone = loop.Run(options, load_data(options), join(options.timeout))
+    alone.engine.model.load_state_dict(best["model"])
+    for loader, name in ((alone.loaders.valid, "valid"), (alone.loaders.test, "test")):
+        result = alone.evaluate(loader, "validating")
+        loss, error = result.loss, result.error
         assert float(row[f"{name}_error"]) == pytest.approx(error, abs=5e-4)
         if name == "valid":
             assert float(row["valid_loss"]) == pytest.approx(loss, rel=1e-3)
 
 
 def test_learning_rate_falls_at_half_and_three_quarters() -> None:
-    assert demo.milestones(300) == [150, 225]
-    assert demo.milestones(6) == [3, 5]
-    assert demo.milestones(1) == [1, 1]
+    assert recipes.milestones(300) == [150, 225]
+    assert recipes.milestones(6) == [3, 5]
+    assert recipes.milestones(1) == [1, 1]
 
 
 # -------------------------------------------------------------------------------------- data
 
 
 def test_digits_are_split_evenly_and_always_the_same(extra: None) -> None:
-    data = demo.load_data(demo.parse_options(["--seed", "1"]))
-    again = demo.load_data(demo.parse_options(["--seed", "2"]))
+    data = load_data(demo.parse_options(["--seed", "1"]))
+    again = load_data(demo.parse_options(["--seed", "2"]))
     assert [len(part) for part in (data.train, data.valid, data.test)] == [3600, 400, 1000]
-    assert torch.bincount(data.test.tensors[1]).tolist() == [100] * 10
-    assert torch.equal(data.test.tensors[0], again.test.tensors[0])
+    images, labels = data.test.source.tensors
+    assert torch.bincount(labels).tolist() == [100] * 10
+    assert torch.equal(images, again.test.source.tensors[0])
     assert data.train.indices == again.train.indices
     assert not set(data.train.indices) & set(data.valid.indices)
-    images, _ = data.test.tensors
     assert images.shape == (1000, 3, 28, 28) and images.dtype == torch.float32
     assert images.mean().abs() < 0.1 and (images.std() - 1).abs() < 0.1
 
@@ -391,7 +397,7 @@ def test_files_that_torchvision_reads(
     arguments = f"--dataset {dataset} --data {tmp_path} --valid_size 30 --batch_size 35 --seed 3"
     options = demo.parse_options(arguments.split())
 
-    data = demo.load_data(options)
+    data = load_data(options)
     assert [len(part) for part in (data.train, data.valid, data.test)] == [70, 30, 20]
     assert not set(data.train.indices) & set(data.valid.indices)
     image, label = data.valid[0]
@@ -477,11 +483,11 @@ def test_help_gives_every_option_with_its_default(capsys) -> None:
 
 
 def test_defaults_follow_the_data_and_flags_win() -> None:
-    options = demo.parse_options(["--data", "somewhere"])
+    options = demo.parse_arguments(["--data", "somewhere"])
     assert (options.dataset, options.efficient, options.save) == ("cifar10", True, "runs/cifar10")
     assert (options.depth, options.growth_rate, options.n_epochs) == (40, 12, 300)
     assert (options.batch_size, options.valid_size, options.seed) == (256, 5000, None)
-    options = demo.parse_options(["--depth", "100", "--batch_size", "7", "--efficient", "no"])
+    options = demo.parse_arguments(["--depth", "100", "--batch_size", "7", "--efficient", "no"])
     assert (options.dataset, options.depth, options.batch_size) == ("digits", 100, 7)
     assert options.efficient is False
     assert options.n_epochs < 300 and options.valid_size == 400
@@ -635,7 +641,7 @@ def test_other_contents_of_a_checkpoint(
 def test_a_best_checkpoint_of_another_network(finished_run: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     best = load(tmp_path / "best.pt")
-    best["model"] = demo.DenseNet(6, [1, 1, 1], num_init_features=12).state_dict()
+    best["model"] = DenseNet(6, [1, 1, 1], num_init_features=12).state_dict()
     torch.save(best, tmp_path / "best.pt")
     capsys.readouterr()
     error = refusal([*TINY.split(), "--resume", "--save", str(tmp_path)], capsys)
