@@ -36,7 +36,8 @@ from .launch import launch
 from .loop import Run
 from .model import create_model
 from .options import BEST, LAST, PROGRAM, Options, parse_options
-from .report import final_table, require_packages
+from .packages import require_packages
+from .report import final_table
 from .weights_file import load_file
 
 Checkpoints = tuple[dict[str, Any], dict[str, Any] | None] | None

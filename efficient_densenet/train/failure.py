@@ -62,7 +62,7 @@ def end_all(error: Exception, program: str, process: Process) -> int:
         The exit status, of a process that is alone; one of several ends here.
     """
     status = REFUSED if isinstance(error, UsageError) else FAILED
-    if isinstance(error, SharedError):  # the others know
+    if isinstance(error, SharedError) and process.store is not None:  # the others know
         if leads_machine():
             say(program, str(error))
         end_at_once(status)

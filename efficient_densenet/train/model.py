@@ -12,7 +12,7 @@ from .. import factories
 from ..convert import convert
 from ..densenet import DenseNet
 from ..weights import _read, load_weights
-from .errors import UsageError, one_line, require
+from .errors import UsageError, one_line
 from .options import Options
 
 LIBRARIES = ("efficient_densenet", "torchvision", "timm", "monai")
@@ -81,7 +81,6 @@ def _ours(options: Options, num_classes: int) -> DenseNet:
 
 
 def _torchvision_weights(name: str) -> Any:
-    require("torchvision")
     import torchvision
 
     try:
@@ -103,7 +102,6 @@ def _classes_of(state: Any) -> int | None:
 
 
 def _create_torchvision(options: Options, num_classes: int, weights: str | None) -> nn.Module:
-    require("torchvision")
     import torchvision
 
     source = "DEFAULT" if weights == "default" else None
@@ -119,7 +117,6 @@ def _create_torchvision(options: Options, num_classes: int, weights: str | None)
 
 
 def _create_timm(options: Options, num_classes: int, weights: str | None) -> nn.Module:
-    require("timm")
     import timm
 
     model: nn.Module = timm.create_model(
@@ -132,7 +129,6 @@ def _create_timm(options: Options, num_classes: int, weights: str | None) -> nn.
 
 
 def _create_monai(options: Options, num_classes: int, weights: str | None) -> nn.Module:
-    require("monai")
     from monai.networks import nets
 
     model: nn.Module = getattr(nets, options.model)(

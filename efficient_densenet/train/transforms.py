@@ -40,9 +40,9 @@ def _random_steps(options: Options, kind: Kind, size: int, is_folder: bool) -> l
     steps: list[Any] = []
     if is_folder:
         steps.append(v2.RandomResizedCrop(size, antialias=True))
-    elif kind.pads:
+    elif kind.augments:
         steps.append(v2.RandomCrop(size, padding=4))
-    if kind.flips:
+    if kind.augments:
         steps.append(v2.RandomHorizontalFlip())
     if options.randaugment:
         steps.append(v2.RandAugment())
