@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shlex
@@ -101,12 +102,15 @@ def work(options: Options) -> int:
     try:
         with Watchdog(process, options.program, options.timeout) as watchdog:
             train_and_test(options, process, watchdog)
-    except Stopped:
-        raise
+    except Stopped as stop:
+        number = stop.signal_number
     except Exception as error:
         return failure.end_all(error, options.program, process)
-    leave()
-    return 0
+    else:
+        leave()
+        return 0
+    gc.collect()
+    raise Stopped(number)  # without the frames of the first, which hold on to all of the run
 
 
 def train_and_test(options: Options, process: Process, watchdog: Watchdog | None = None) -> None:

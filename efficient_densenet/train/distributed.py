@@ -85,10 +85,10 @@ def join(timeout: float) -> Process:
 
 def leave() -> None:
     """Part from the others, when all is done and written."""
+    # The run goes first: DistributedDataParallel, because a group that ends in its destructor waits
+    # for threads which may wait for the interpreter's lock, and processes that read images.
+    gc.collect()
     if dist.is_initialized():
-        # DistributedDataParallel goes first: a group that ends in its destructor waits for threads
-        # which may wait for the interpreter's lock.
-        gc.collect()
         dist.destroy_process_group()
         # What is left of torch's threads can abort the interpreter on its way out ("terminate
         # called without an active exception").

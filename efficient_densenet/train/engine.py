@@ -67,9 +67,10 @@ class Engine:
         options, batches = self.options, self.batches
         ratio = batches.size.images / RECIPES[options.recipe].batch_size
         scale = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[options.scale_lr]
+        self.highest_rate = options.lr * scale
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.model, options),
-            options.lr * scale,
+            self.highest_rate,
             momentum=options.momentum,
             nesterov=options.momentum > 0,
             weight_decay=options.weight_decay,
@@ -85,9 +86,8 @@ class Engine:
         is_scaled = options.amp == "fp16"
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=is_scaled)
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def learning_rate(self, step: int) -> float:
+        return self.highest_rate * self.schedule(step)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -189,7 +189,7 @@ class Engine:
             "model": self.model.state_dict(),
             "average": {} if self.average is None else self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -202,6 +202,7 @@ class Engine:
         # The rest of the optimizer and of the scheduler follows from the options: --epochs may be
         # another one, and then so are the milestones.
         own = self.optimizer.state_dict()["param_groups"]
+        own = [group | {"lr": self.highest_rate} for group in own]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

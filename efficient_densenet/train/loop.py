@@ -108,7 +108,6 @@ class Run:
             self.report.line(self._describe(row, is_best))
 
     def _train_epoch(self, epoch: int) -> Row:
-        learning_rate = self.engine.learning_rate
         batches, total = self.batches, self.batches.images_per_epoch
         batches.start(epoch, self.images)
         title = f"epoch {epoch}/{self.options.n_epochs}"
@@ -135,7 +134,7 @@ class Run:
         return {
             "train_loss": sum_loss / seen,
             "train_error": wrong / seen,
-            "learning_rate": learning_rate,
+            "learning_rate": self.engine.learning_rate((epoch - 1) * batches.steps_per_epoch),
             "seconds": self.seconds,  # without validation
             "images_per_second": seen / max(self.seconds, 1e-9),
             "peak_memory_mb": reduce(peak, dist.ReduceOp.MAX).item(),
@@ -255,7 +254,8 @@ class Run:
         self.totals = totals[self.process.rank].to(self.process.device)
         self.engine.load(last, self.step)
         self.spares_files = False
-        self.last.step = last["step"] if self._continues_own() else None
+        continues = share(self._continues_own(), self.process)
+        self.last.step = last["step"] if continues else None
         self.report.first_step = self.step
 
     def _continues_own(self) -> bool:
