@@ -48,6 +48,8 @@ def work(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    # Readers of images would come from a server of their own, which imports everything again.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
     if change is not None:
@@ -64,15 +66,20 @@ class Processes:
     Args:
         arguments: of each.
         change: is called in a process before the command, with its rank in RANK.
+        expected: how many processes those that are started expect to be.
     """
 
     def __init__(
-        self, arguments: list[list[str]], log: Path, change: Callable | None = None
+        self,
+        arguments: list[list[str]],
+        log: Path,
+        change: Callable | None = None,
+        expected: int | None = None,
     ) -> None:
+        expected = expected or len(arguments)
         self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(len(arguments))]
-        environments: list[dict[str, str]] = [{}]
-        if len(arguments) > 1:
-            environments = _environments(len(arguments))
+        environments = _environments(expected) if expected > 1 else [{}]
+        environments = environments[: len(arguments)]
         self.processes = [
             _context.Process(target=work, args=(arguments[rank], environment, str(log), change))
             for rank, (environment, log) in enumerate(zip(environments, self.logs, strict=True))

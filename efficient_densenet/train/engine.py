@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,12 +32,21 @@ _NO_BUFFERS: dict[str, Any] = {next(name for name in _NAMES if name in _SETTINGS
 
 
 class Engine:
-    """Computes optimizer steps; the same in all processes but for the images."""
+    """Computes optimizer steps; the same in all processes but for the images.
+
+    Args:
+        beat: is told what the process does, before it may wait for it.
+    """
 
     def __init__(
-        self, options: Options, num_classes: int, batches: TrainingBatches, process: Process
+        self,
+        options: Options,
+        num_classes: int,
+        batches: TrainingBatches,
+        process: Process,
+        beat: Callable[[str], None],
     ) -> None:
-        self.options, self.process, self.batches = options, process, batches
+        self.options, self.process, self.batches, self.beat = options, process, batches, beat
         assert options.seed is not None
         self.seed = options.seed
         torch.manual_seed(self.seed)  # the same weights in all processes
@@ -67,7 +76,7 @@ class Engine:
         options, batches = self.options, self.batches
         ratio = batches.size.images / RECIPES[options.recipe].batch_size
         scale = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[options.scale_lr]
-        self.highest_rate = options.lr * scale
+        self.highest_rate: float = options.lr * scale
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.model, options),
             self.highest_rate,
@@ -118,8 +127,11 @@ class Engine:
         torch.manual_seed(seed_of(self.seed, epoch, done, self.process.rank))
         self.optimizer.zero_grad()
         totals = torch.zeros(3, dtype=torch.float64, device=self.process.device)
+        where = f"of epoch {epoch} after {done} of its images"
         for i, size in enumerate(sizes):
+            self.beat(f"reading images {where}")
             images, labels = self.move(next(batches))
+            self.beat(f"computing the loss {where}")
             is_last = i + 1 == len(sizes)
             with nullcontext() if is_last else self._without_exchange():
                 totals += self._part(images, labels, size / sum(sizes))
@@ -141,6 +153,7 @@ class Engine:
         with self.autocast():
             logits = self.replica(mixed)
             loss = self.criterion(logits, targets)
+        self.beat("computing gradients")
         self.scaler.scale(loss * share).backward()
         return count(logits, labels, loss)
 

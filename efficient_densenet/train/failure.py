@@ -1,21 +1,22 @@
 """A failure of one process becomes the end of all, with its reason.
 
-A process that fails tells the others through the store by which they met, then ends at once. What
-they notice of it is a broken connection, and they find the reason in the store. A process that
-hangs is ended by its own watchdog, and so are those that wait for it.
+A process that fails tells the others through the store by which they met. Each has a watchdog that
+looks there every second, and ends a process that makes no progress. Whoever is killed can tell
+nothing: the others notice a broken connection.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import threading
 import time
 import traceback
 from contextlib import suppress
 from datetime import timedelta
-from types import TracebackType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from .errors import FAILED, REFUSED, RunFailed, SharedError, UsageError, one_lin
 
 _FAILURE, _STUCK = "efficient_densenet.train/failure", "efficient_densenet.train/stuck"
 _PATIENCE = timedelta(seconds=2)  # for a reason that is on its way
+LINGER = 3.0  # seconds: process 0 may hold the store, where the others are to find the reason
 
 
 def describe(error: BaseException) -> str | None:
@@ -40,6 +42,7 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return text
     if is_broken_connection(error):
+        text = re.sub(r"^\[\S+\] ", "", text).partition(". This is typically")[0]
         return f"another process is gone or does not answer: {text}"
     return text if isinstance(error, OSError) else None
 
@@ -66,11 +69,8 @@ def end_all(error: Exception, program: str, process: Process) -> int:
         if leads_machine():
             say(program, str(error))
         end_at_once(status)
-    told = _told(process) if is_broken_connection(error) else None
-    if told is not None:
-        if told["host"] != platform.node() and leads_machine():
-            say(program, told["reason"])
-        end_at_once(told["status"])
+    if is_broken_connection(error) and (told := _told(process, _PATIENCE)) is not None:
+        _end_as_told(told, program)
     reason = describe(error)
     if reason is None:
         traceback.print_exception(error)
@@ -81,6 +81,7 @@ def end_all(error: Exception, program: str, process: Process) -> int:
         _tell(process, status, reason)
     say(program, reason)
     if process.store is not None:
+        time.sleep(LINGER)
         end_at_once(status)
     return status
 
@@ -92,25 +93,34 @@ def _tell(process: Process, status: int, reason: str) -> None:
         process.store.set(_FAILURE, json.dumps(told))
 
 
-def _told(process: Process) -> dict | None:  # type: ignore[type-arg]
-    if process.store is None:
+def _told(process: Process, patience: timedelta) -> dict[str, Any] | None:
+    """What another process told, or tells in that time; None for nothing."""
+    store = process.store
+    if store is None:
         return None
     try:
-        process.store.wait([_FAILURE], _PATIENCE)
-        told: dict = json.loads(process.store.get(_FAILURE))  # type: ignore[type-arg]
-    except RuntimeError:
+        if patience:
+            store.wait([_FAILURE], patience)
+        return json.loads(store.get(_FAILURE)) if store.check([_FAILURE]) else None
+    except RuntimeError:  # nobody told anything, or the store is gone
         return None
-    return told
+
+
+def _end_as_told(told: dict[str, Any], program: str) -> NoReturn:
+    if told["host"] != platform.node() and leads_machine():
+        say(program, told["reason"])
+    end_at_once(told["status"])
 
 
 class Watchdog:
-    """Ends a process that makes no progress, and says where it hangs.
+    """Ends a process that makes no progress, with where it hangs, or when another one failed.
 
     Args:
         timeout: seconds without a :meth:`beat`.
     """
 
     CLAIM = 2.0  # seconds in which the processes that are stuck find out who is behind
+    SILENCE = 10.0  # after which the ones that are not speak as well
 
     def __init__(self, process: Process, program: str, timeout: float) -> None:
         self.process, self.program, self.timeout = process, program, timeout
@@ -124,9 +134,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -137,6 +145,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.timeout / 4)):
+            told = _told(self.process, timedelta(0))
+            if told is not None:
+                _end_as_told(told, self.program)
             if time.monotonic() - self._last > self.timeout and self._is_behind():
                 self._end()
 
@@ -152,8 +163,8 @@ class Watchdog:
             stuck = [int(store.get(key)) for key in keys if store.check([key])]
         except RuntimeError:
             return True
-        waited = time.monotonic() - self._last
-        return count == self._count and (min(stuck) >= count or waited > 1.5 * self.timeout)
+        waited = time.monotonic() - self._last - self.timeout
+        return count == self._count and (min(stuck) >= count or waited > self.SILENCE)
 
     def _end(self) -> None:
         frame = sys._current_frames().get(self._main or 0)
@@ -164,5 +175,5 @@ class Watchdog:
             _tell(self.process, FAILED, reason)
         print(f"{who}hangs here:\n{stack}", end="", file=sys.stderr)
         say(self.program, reason)
-        time.sleep(1)  # for others that are as far, to say where they are
+        time.sleep(LINGER)
         end_at_once(FAILED)

@@ -40,7 +40,7 @@ class Run:
         self.folder, self.watchdog = Path(options.save), watchdog
         self.loaders = create_loaders(options, data, process)
         self.batches = self.loaders.batches
-        self.engine = Engine(options, len(data.classes), self.batches, process)
+        self.engine = Engine(options, len(data.classes), self.batches, process, self._beat)
         self.stop_requests = StopRequests(process)
         self.history: list[Row] = []
         self.images, self.seconds = 0, 0.0
@@ -117,7 +117,6 @@ class Run:
             reader = iter(self.loaders.train) if self.images < total else iter(())
             self.engine.replica.train()
             for sizes in batches.steps():
-                self._beat(f"training, {title} after {self.images} images")
                 self.totals += self.engine.step(epoch, self.images, reader, sizes)
                 images = sum(sizes) * self.process.world_size
                 self.images += images
