@@ -115,7 +115,7 @@ def interrupt_second() -> None:
 )
 def test_a_signal_saves_and_ends(processes: int, change, status: int, tmp_path: Path) -> None:
     """No step is lost, though nothing else would have written a checkpoint there."""
-    arguments = RUN.replace("--save-every 1", "--workers 1")
+    arguments = RUN.replace("--save-every 1", "--workers 1 --randaugment")
     folders = [tmp_path / str(rank) for rank in range(processes)]
     whole = machines(arguments, folders, tmp_path / "log")
     assert whole.wait() == [0] * processes, whole.output
@@ -156,6 +156,19 @@ def test_workers_and_parts_change_no_bits(tmp_path: Path) -> None:
     assert run("--randaugment", tmp_path / "one") == 0
     assert run("--randaugment --workers 2", tmp_path / "two") == 0
     assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--amp fp16 --drop-rate 0.3", "--amp bf16 --channels-last", "--momentum 0 --no-norm-decay"]
+    + ["--cutmix 1 --no-efficient", "--recompute features --ema 0.5"],
+)
+def test_each_kind_of_state(arguments: str, tmp_path: Path) -> None:
+    arguments += " --schedule step --warmup-epochs 0 --save-every 2 --keep 9"
+    assert run(f"{arguments} --epochs 2", tmp_path / "whole") == 0
+    middle = tmp_path / "whole" / "step-00000008.pt"
+    assert run(f"{arguments} --epochs 2 --resume {middle}", tmp_path / "parts") == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:

@@ -48,8 +48,6 @@ def work(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    # Readers of images would come from a server of their own, which imports everything again.
-    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
     if change is not None:

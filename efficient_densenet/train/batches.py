@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -128,8 +130,9 @@ def create_loaders(options: Options, data: Data, process: Process) -> Loaders:
     common: dict[str, Any] = {
         "num_workers": workers,
         "pin_memory": on_gpu,
-        "persistent_workers": workers > 0,
         "worker_init_fn": leave_signals_to_main,
+        # Their parent is to be this process, and no server that outlives it.
+        "multiprocessing_context": "fork" if workers else None,
     }
 
     def share(images: Images) -> Loader:
@@ -137,15 +140,23 @@ def create_loaders(options: Options, data: Data, process: Process) -> Loaders:
         own = range(process.rank, len(images), process.world_size)
         return DataLoader(Subset(images, own), size.part, **common)
 
-    train = DataLoader(data.train, batch_sampler=batches, **common)
+    keeps = workers > 0  # from epoch to epoch; those that validate and test would mostly wait
+    train = DataLoader(data.train, batch_sampler=batches, persistent_workers=keeps, **common)
     return Loaders(train, batches, share(data.valid), share(data.test))
 
 
 def leave_signals_to_main(_: int) -> None:
     """For processes that read images: a scheduler signals all, and they have to outlive the save.
 
-    They end with their parent, or when it tells them to.
+    Their parent may still end them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_parent_says, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_when_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -97,7 +97,10 @@ def work(options: Options) -> int:
         Stopped, KeyboardInterrupt: a signal asked for an end.
         UsageError: the process alone knows that something cannot be done, and met no other.
     """
-    step_size(options, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    step_size(options, world_size)
+    if options.sync_bn and world_size > 1 and not torch.cuda.is_available():
+        raise UsageError("--sync-bn: DistributedDataParallel takes SyncBatchNorm on GPUs only")
     process = join(options.timeout)
     try:
         with Watchdog(process, options.program, options.timeout) as watchdog:

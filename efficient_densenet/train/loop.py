@@ -37,7 +37,9 @@ class Run:
         self, options: Options, data: Data, process: Process, watchdog: Watchdog | None = None
     ) -> None:
         self.options, self.data, self.process = options, data, process
-        self.folder, self.watchdog = Path(options.save), watchdog
+        self.folder = Path(options.save)
+        # Not a method of the run: in a cycle of references, the readers of images end late.
+        self._beat = _no_beat if watchdog is None else watchdog.beat
         self.loaders = create_loaders(options, data, process)
         self.batches = self.loaders.batches
         self.engine = Engine(options, len(data.classes), self.batches, process, self._beat)
@@ -154,10 +156,6 @@ class Run:
             f"{', best so far' if is_best else ''}"
         )
 
-    def _beat(self, doing: str) -> None:
-        if self.watchdog is not None:
-            self.watchdog.beat(doing)
-
     # --------------------------------------------------------------------------------------------
     # Evaluation
 
@@ -260,6 +258,10 @@ class Run:
     def _continues_own(self) -> bool:
         path = checkpoint.resumed_path(self.options)
         return path is not None and path.resolve() == (self.folder / LAST).resolve()
+
+
+def _no_beat(doing: str) -> None:
+    """Nobody watches."""
 
 
 def _first_images(data: Data) -> tuple[Tensor, Tensor]:
