@@ -282,9 +282,16 @@ def test_a_strange_checkpoint(part: str, value: object, tmp_path: Path, capsys) 
 
 
 def test_no_checkpoint_on_the_first_machine(tmp_path: Path) -> None:
-    """The second one has one of its own, which does not count; both end."""
+    """The second one has one of its own: starting anew would lose it."""
     assert run("", tmp_path / "1") == 0
-    processes = two("--resume", tmp_path)
-    assert processes.wait() == [2, 2]
-    found = lines(processes)
-    assert len(set(found)) == 1 and "last.pt: there is no checkpoint to go on from" in found[0]
+    for resume in ("--resume", "--resume auto"):
+        processes = two(resume, tmp_path)
+        assert processes.wait() == [2, 2]
+        first, second = lines(processes)
+        assert first == second  # each machine says it
+        assert (
+            f"{tmp_path / '0' / 'last.pt'}: there is no checkpoint to go on from; process" in first
+        )
+        assert "has one: that machine has to be the first" in first
+        (tmp_path / "log.0").unlink()
+        (tmp_path / "log.1").unlink()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .errors import UsageError, one_line
-from .options import BEST, LAST, Options
+from .options import AUTO, BEST, LAST, Options
 
 # What a run may leave in its folder.
 FILES = ("results.csv", "curves.png", "confusion.png", "train.log", BEST, LAST)
@@ -103,7 +103,7 @@ def resumed_path(options: Options) -> Path | None:
     if options.resume is None:
         return None
     last = Path(options.save) / LAST
-    if options.resume == "auto":
+    if options.resume == AUTO:
         return last if os.path.lexists(last) else None
     return last if options.resume == LAST else Path(options.resume)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import random
 import shlex
 import signal
@@ -24,19 +25,20 @@ from .distributed import (
     Process,
     agree,
     end_at_once,
+    gather,
     join,
     leads_machine,
     leave,
     rank_from_environment,
     share,
 )
-from .errors import REFUSED, Stopped, UsageError, one_line
+from .errors import REFUSED, SharedError, Stopped, UsageError, one_line
 from .evaluation import Evaluation
 from .failure import Watchdog
 from .launch import launch
 from .loop import Run
 from .model import create_model
-from .options import BEST, LAST, PROGRAM, Options, parse_options
+from .options import AUTO, BEST, LAST, PROGRAM, Options, parse_options
 from .packages import require_packages
 from .report import final_table
 from .weights_file import load_file
@@ -222,6 +224,7 @@ def prepare_together(options: Options, process: Process) -> tuple[Data, Checkpoi
     Only process 0 reads and writes ``--save``: machines need not share that folder.
     """
     data, checkpoints, reason = None, None, None
+    _check_first_machine(options, process)
     try:
         data, checkpoints = prepare(options, leads=process.leads)
     except UsageError as error:
@@ -231,6 +234,19 @@ def prepare_together(options: Options, process: Process) -> tuple[Data, Checkpoi
     shared: Checkpoints = share(checkpoints, process)
     options.resume = share(options.resume, process)
     return data, shared
+
+
+def _check_first_machine(options: Options, process: Process) -> None:
+    """Refuse to begin anew, or in vain, where the checkpoints lie on another machine's disk."""
+    path = Path(options.save) / LAST
+    found = gather((os.path.lexists(path), platform.node()), process)
+    if options.resume not in (LAST, AUTO) or found[0][0]:
+        return
+    for rank, (has_checkpoint, host) in enumerate(found):
+        if has_checkpoint:
+            missing = f"{share(str(path), process)}: there is no checkpoint to go on from"
+            advice = f"process {rank} on {host} has one: that machine has to be the first"
+            raise SharedError(f"{missing}; {advice}")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -75,12 +75,12 @@ class Run:
         Raises:
             Stopped: a signal asked for it; a checkpoint has been written.
         """
-        images = _first_images(self.data)
-        self.engine.try_out(images)
-        self.engine.settle(images)
-        if self.last.step is None:
-            self.save_last()  # for a run that is stopped before it writes another
         with self.stop_requests.deferred():
+            images = _first_images(self.data)
+            self.engine.try_out(images)
+            self.engine.settle(images)
+            if self.last.step is None:
+                self.save_last()  # for a run that is stopped before it writes another
             try:
                 while len(self.history) < self.options.n_epochs:
                     self._epoch()
