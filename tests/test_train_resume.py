@@ -28,7 +28,7 @@ from train_runs import (  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread", "packages")
 
-KILLS = int(os.environ.get("EFFICIENT_DENSENET_KILLS", "8"))
+KILLS = int(os.environ.get("EFFICIENT_DENSENET_KILLS", "6"))
 # All that has a state, or draws: momentum, moving average, dropout, mixup, a last step of its own.
 RUN = "--epochs 3 --save-every 1 --ema 0.8 --drop-rate 0.2 --mixup 0.4 --schedule cosine --clip 2"
 RUN += " --accumulate 2 --amp off --keep 2"

@@ -107,12 +107,13 @@ def work(options: Options) -> int:
     try:
         with Watchdog(process, options.program, options.timeout) as watchdog:
             train_and_test(options, process, watchdog)
+            watchdog.beat("waiting for the other processes to end")
+            leave(process)
     except Stopped as stop:
         number = stop.signal_number
     except Exception as error:
         return failure.end_all(error, options.program, process)
     else:
-        leave()
         return 0
     gc.collect()
     raise Stopped(number)  # without the frames of the first, which hold on to all of the run

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -83,16 +83,19 @@ def join(timeout: float) -> Process:
     return Process(rank, world_size, device, control, store)
 
 
-def leave() -> None:
+def leave(process: Process) -> None:
     """Part from the others, when all is done and written."""
-    # The run goes first: DistributedDataParallel, because a group that ends in its destructor waits
-    # for threads which may wait for the interpreter's lock, and processes that read images.
+    # The run goes first, with DistributedDataParallel and the processes that read images.
     gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # What is left of torch's threads can abort the interpreter on its way out ("terminate
-        # called without an active exception").
-        atexit.register(end_at_once, 0)
+    if process.control is None:
+        return
+    # A process that ended while another still reads from it would break the connection. One that
+    # was killed meanwhile is no matter any more.
+    with suppress(RuntimeError):
+        dist.barrier(group=process.control)
+    # Destroying the groups may wait for threads that are gone, and what is left of torch's threads
+    # can abort the interpreter on its way out ("terminate called without an active exception").
+    atexit.register(end_at_once, 0)
 
 
 def end_at_once(status: int) -> NoReturn:

@@ -26,7 +26,7 @@ from .errors import FAILED, REFUSED, RunFailed, SharedError, UsageError, one_lin
 
 _FAILURE, _STUCK = "efficient_densenet.train/failure", "efficient_densenet.train/stuck"
 _PATIENCE = timedelta(seconds=2)  # for a reason that is on its way
-LINGER = 3.0  # seconds: process 0 may hold the store, where the others are to find the reason
+LINGER = 2.0  # seconds: process 0 may hold the store, where the others are to find the reason
 
 
 def describe(error: BaseException) -> str | None:
