@@ -54,7 +54,9 @@ class Report:
         """Everything about the epoch that is the last of ``history``."""
         self.table(history)
         if self.says("curves"):
-            write_atomically(self.folder / "curves.png", lambda path: draw_curves(history, path))
+            title = describe_settings(self.options)
+            curves = self.folder / "curves.png"
+            write_atomically(curves, lambda path: draw_curves(history, title, path))
         self.scalars({name: history[-1][name] for name in history[-1] if name != "epoch"}, step)
 
     def table(self, history: list[Row], test: dict[str, float] | None = None) -> None:
@@ -152,21 +154,39 @@ class Progress:
             self.report.line(text, "stderr")
 
 
-def draw_curves(history: list[Row], path: Path) -> None:
-    """Draw the losses and the errors (%) of all epochs."""
+def describe_settings(options: Options) -> str:
+    """The title of a run's curves: what was trained on what, and how."""
+    model = options.model
+    if model == "densenet_bc":
+        model = f"DenseNet-BC, depth {options.depth}, k = {options.growth_rate}"
+    batch = options.batch_size_per_device
+    images = f"{options.batch_size} images" if batch is None else f"{batch} images on each device"
+    return f"{options.dataset}: {model}; recipe {options.recipe}, {images}, lr {options.lr:g}"
+
+
+def draw_curves(history: list[Row], title: str, path: Path) -> None:
+    """Draw the losses, on a logarithmic scale, and the errors (%) of all epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
+    best = min(history, key=lambda row: row["valid_error"])
+    figure.suptitle(title)
     for axes, name, scale in zip(figure.subplots(1, 2), ("loss", "error"), (1, 100), strict=True):
         for part in ("train", "valid"):
             values = [scale * row[f"{part}_{name}"] for row in history]
             axes.plot(epochs, values, marker=".", label=part)
-        axes.set(xlabel="epoch", ylabel="error (%)" if name == "error" else name)
-        if name == "error":
+        axes.set(xlabel="epoch", ylabel="error (%)" if name == "error" else "loss (logarithmic)")
+        if name == "loss":
+            axes.set_yscale("log")
+        else:
             values = [scale * row["valid_top5_error"] for row in history]
             axes.plot(epochs, values, marker=".", label="valid, top 5")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        label = f"best: epoch {best['epoch']}, {best['valid_error']:.2%}"
+        axes.axvline(best["epoch"], color="grey", linestyle=":", label=label)
         axes.legend()
     FigureCanvasAgg(figure).print_png(str(path))
 
