@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,27 +113,22 @@ def test_an_exception_on_one_process(tmp_path: Path) -> None:
     assert processes.output.count("Traceback") == 1
 
 
-def test_out_of_memory_on_one_process(tmp_path: Path) -> None:
-    processes = two("--epochs 2", tmp_path, run_out_of_memory)
-    assert processes.wait() == [1, 1]
+@pytest.mark.parametrize(
+    ("options", "change", "statuses", "words"),
+    [
+        ("", run_out_of_memory, [1, 1], "process 1: out of memory (--recompute features, "),
+        ("", die, [1, -signal.SIGKILL], "another process is gone or does not answer: "),
+        (" --workers 1", lose_a_reader, [1, 1], "process 1: DataLoader worker (pid"),
+    ],
+    ids=["out of memory", "killed", "killed reader of images"],
+)
+def test_one_process_fails_without_a_bug(
+    options: str, change: Callable, statuses: list[int], words: str, tmp_path: Path
+) -> None:
+    processes = two(f"--epochs 2{options}", tmp_path, change)
+    assert processes.wait() == statuses
     (line,) = lines(processes)
-    assert "process 1: out of memory (--recompute features, " in line
-    assert "Traceback" not in processes.output
-
-
-def test_a_killed_process(tmp_path: Path) -> None:
-    processes = two("--epochs 2", tmp_path, die)
-    assert processes.wait() == [1, -signal.SIGKILL]
-    (line,) = lines(processes)
-    assert "another process is gone or does not answer: " in line
-    assert "Traceback" not in processes.output
-
-
-def test_a_killed_reader_of_images(tmp_path: Path) -> None:
-    processes = two("--epochs 2 --workers 1", tmp_path, lose_a_reader)
-    assert processes.wait() == [1, 1]
-    (line,) = lines(processes)
-    assert "process 1: DataLoader worker (pid" in line
+    assert words in line
     assert "Traceback" not in processes.output
 
 
@@ -167,8 +164,6 @@ LAUNCHED = (
 
 
 def launch(arguments: str, save: Path):
-    import subprocess
-
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"RES_OPTIONS": "timeout:1 attempts:1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(
@@ -180,34 +175,41 @@ def launch(arguments: str, save: Path):
     )
 
 
-def test_launched_processes_stop_on_sigterm_and_go_on(tmp_path: Path) -> None:
-    process = launch("--processes 2 --epochs 1000", tmp_path)
+def end_launched(
+    begin: str, end: Callable[[subprocess.Popen], None], save: Path
+) -> tuple[int, str]:
+    """Two processes, ended when a line begins so; the exit status, and what they said behind it."""
+    process = launch("--processes 2 --epochs 1000", save)
     try:
-        while not process.stdout.readline().startswith("epoch 2/1000"):
+        while not process.stdout.readline().startswith(begin):
             assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
+        end(process)
         out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 143, out
     assert "Traceback" not in out
+    return process.returncode, out
+
+
+def test_launched_processes_stop_on_sigterm_and_go_on(tmp_path: Path) -> None:
+    def stop(process: subprocess.Popen) -> None:
+        process.send_signal(signal.SIGTERM)
+
+    status, out = end_launched("epoch 2/1000", stop, tmp_path)
+    assert status == 143, out
     assert "interrupted; to go on: python -m efficient_densenet.train " in out
     done = load(tmp_path / "last.pt")["epoch"]
     assert run(f"--resume --epochs {done + 1}", tmp_path) == 0
 
 
 def test_a_launched_process_that_is_killed(tmp_path: Path) -> None:
-    process = launch("--processes 2 --epochs 1000", tmp_path)
-    try:
-        while not process.stdout.readline().startswith("epoch 1/1000: train"):
-            assert process.poll() is None
+    def kill_a_child(process: subprocess.Popen) -> None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        out, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 1, out
-    assert "was ended by SIGKILL" in out and "Traceback" not in out
+
+    status, out = end_launched("epoch 1/1000: train", kill_a_child, tmp_path)
+    assert status == 1, out
+    assert "was ended by SIGKILL" in out
 
 
 # --------------------------------------------------------------------------------- one process
